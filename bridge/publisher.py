@@ -1,0 +1,116 @@
+"""One version of the weights, published as a transaction. The trainer half: jax, no torch."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bridge.channels import Channel, Ticket
+from bridge.export import Exporter
+from bridge.wire import pack
+from jaxrl.types import PublishReport, RunError
+
+Score = Callable[[Any, Sequence[int]], np.ndarray]  # (params, tokens) -> log-probs, float32 [t]
+
+
+class Engines(Protocol):
+    """What a publish needs of the engines; `bridge.fleet.Fleet` is the real one.
+
+    The outcome of each engine is a value: what it answered, or the exception that says what went
+    wrong on it.
+    """
+
+    def stage(self, ticket: Ticket) -> Mapping[str, Exception | None]: ...
+    def commit(self, version: int) -> Mapping[str, dict[str, Any] | Exception]: ...
+    def score(self, tokens: Sequence[int]) -> Mapping[str, np.ndarray | Exception]: ...
+    def admit(self, names: Sequence[str], version: int) -> None: ...
+
+
+class PublishError(RunError):
+    """No engine serves the new version. Says what went wrong on each."""
+
+
+class Publisher:
+    """Export, announce, stage everywhere, load everywhere, prove, admit.
+
+    An engine is admitted to serve version v only after it has acknowledged v with the digest of
+    what it loaded, and its log-probs on the probe prompt are the trainer's. One that fails at any
+    point is left out, and named; if none is left the publish has failed.
+    """
+
+    def __init__(
+        self,
+        export: Exporter,
+        channel: Channel,
+        engines: Engines,
+        score: Score,
+        *,
+        probe: Sequence[int],
+        probe_tolerance: float,
+        bucket_bytes: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._export, self._channel, self._engines, self._score = export, channel, engines, score
+        self._probe, self._tolerance = list(probe), probe_tolerance
+        self._bucket_bytes, self._warn = bucket_bytes, warn
+
+    def publish(self, params: Any, version: int) -> PublishReport:
+        """Returns when every engine that will serve `version` has proved that it holds it.
+
+        Raises:
+          PublishError: no engine could be admitted.
+          bridge.channels.ChannelError: the channel could not carry the version.
+        """
+        start = time.perf_counter()
+        manifest, buckets = pack(version, self._export(params), self._bucket_bytes)
+        ticket = self._channel.publish(manifest, buckets)
+        failed: dict[str, str] = {}
+        _answers(self._engines.stage(ticket), failed)
+        acknowledged = _answers(self._engines.commit(version), failed)
+        for name, said in acknowledged.items():
+            if (said["version"], said["digest"]) != (version, manifest.digest):
+                failed[name] = (
+                    f"acknowledged version {said['version']} with digest {said['digest']}, "
+                    f"published was {version} with {manifest.digest}"
+                )
+        difference = self._prove(params, acknowledged.keys() - failed.keys(), failed)
+
+        proven = sorted(acknowledged.keys() - failed.keys())
+        report = "; ".join(f"{name}: {why}" for name, why in sorted(failed.items()))
+        if not proven:
+            raise PublishError(f"weight version {version}: no engine serves it ({report})")
+        if failed:
+            self._warn(f"weight version {version}: left out {report}")
+        self._engines.admit(proven, version)
+        seconds = time.perf_counter() - start
+        return PublishReport(
+            version, manifest.digest, manifest.nbytes, seconds, len(proven), difference
+        )
+
+    def _prove(self, params: Any, names: set[str], failed: dict[str, str]) -> float:
+        """Largest difference of log-probs on the probe among the engines that pass, nats."""
+        ours = self._score(params, self._probe)
+        worst = 0.0
+        theirs = _answers(self._engines.score(self._probe), failed)
+        for name in names & theirs.keys():
+            difference = float(np.max(np.abs(theirs[name] - ours)))
+            if difference <= self._tolerance:  # False for NaN
+                worst = max(worst, difference)
+            else:
+                failed[name] = (
+                    f"its log-probs on the probe prompt differ from the trainer's by "
+                    f"{difference:.2g} nats, more than publish.probe_tolerance = {self._tolerance}"
+                )
+        return worst
+
+
+def _answers(outcomes: Mapping[str, Any], failed: dict[str, str]) -> dict[str, Any]:
+    """What the engines answered; those that failed are added to `failed` instead."""
+    answers = {}
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Exception):
+            failed[name] = str(outcome)
+        else:
+            answers[name] = outcome
+    return answers

@@ -1,0 +1,274 @@
+"""Every knob: its default, its unit, its meaning, and the rules that tie knobs together.
+
+A configuration is one YAML file plus overrides (`settings.py` reads them); here is what may stand
+in it. Models are frozen and strict, and a key that is not listed is an error.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
+    """A field with its meaning and unit, which `--help` prints. `...` as default: required."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = knob(..., "name of the run; its outputs go to DIR/NAME", pattern=r"^\w[\w.-]*$")
+    dir: str = knob("runs", "directory that holds all runs")
+    steps: int = knob(..., "optimizer steps in the whole run, resumed parts included", ge=1)
+    seed: int = knob(0, "seed of sampling and data order", ge=0, lt=2**31)
+
+
+class ModelSection(Section):
+    path: str = knob(
+        ..., "Hugging Face model: a local directory, or a hub id where it is reachable"
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto",
+        "dtype of the trainer's matrix products; master weights and logits are float32 always. "
+        "auto: bfloat16 on TPU and GPU, float32 on CPU",
+    )
+
+
+class DataSection(Section):
+    source: Literal["reasoning_gym", "jsonl"] = knob(
+        ...,
+        "reasoning_gym: endless tasks of that library; jsonl: a file with one object a line, "
+        '{"prompt": text, "answer": text}',
+    )
+    task: str | None = knob(None, "name of the reasoning_gym dataset")
+    task_args: dict[str, int | float | str | bool | list[str]] = knob(
+        {}, "arguments of the reasoning_gym dataset"
+    )
+    path: str | None = knob(None, "the jsonl file with training prompts")
+    held_out_path: str | None = knob(
+        None, "a jsonl file with held-out prompts; default: the first prompts of data.path"
+    )
+    held_out: int = knob(
+        200, "prompts kept for evaluation and never trained on", unit="prompts", ge=0
+    )
+    prompt_template: str = knob(
+        "{prompt}", "text given to the policy; {prompt} stands for the question"
+    )
+    max_prompt_tokens: int = knob(
+        1024, "longer prompts are skipped, and counted", unit="tokens", ge=1
+    )
+
+
+class RewardSection(Section):
+    kind: Literal["task", "exact"] = knob(
+        "task",
+        "task: the scorer of the reasoning_gym dataset; exact: 1 if the answer is the reference",
+    )
+    answer_pattern: str | None = knob(
+        None,
+        "regular expression whose last match in a completion is its answer (group 1 if it has "
+        "one); default: the whole completion, stripped",
+    )
+
+
+class RolloutSection(Section):
+    engine: Literal["vllm", "inprocess"] = knob(
+        "vllm", "vllm: Ray actors; inprocess: a jitted sampler in the trainer, without vLLM or Ray"
+    )
+    prompts_per_step: int = knob(32, "prompts in one step", unit="prompts", ge=1)
+    group_size: int = knob(8, "completions of each prompt", unit="completions", ge=2)
+    max_new_tokens: int = knob(512, "length limit of a completion", unit="tokens", ge=1)
+    temperature: float = knob(1.0, "sampling temperature of training rollouts", gt=0.0)
+    top_p: float = knob(1.0, "nucleus sampling; only 1.0 (off) for now", gt=0.0, le=1.0)
+    top_k: int = knob(0, "top-k sampling; only 0 (off) for now", ge=0)
+    min_p: float = knob(0.0, "min-p sampling; only 0.0 (off) for now", ge=0.0, le=1.0)
+    timeout_s: float = knob(
+        600.0, "deadline for the completions of one step", unit="seconds", gt=0.0
+    )
+
+
+class VllmSection(Section):
+    engines: int = knob(1, "vLLM engines, each one Ray actor", unit="engines", ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU"
+    )
+    tensor_parallel: int = knob(1, "devices one engine is split over", unit="devices", ge=1)
+    max_num_seqs: int = knob(256, "completions decoded at the same time", unit="completions", ge=1)
+    kv_cache_mib: int | None = knob(
+        None, "KV cache of one engine; default: vLLM's own choice", unit="MiB", ge=1
+    )
+    gpu_memory_utilization: float = knob(
+        0.9, "share of a GPU's memory that an engine takes", gt=0.0, le=1.0
+    )
+    enforce_eager: bool = knob(False, "no compilation in the engine: starts faster, runs slower")
+    cpus_per_engine: float = knob(1.0, "CPU cores Ray reserves", unit="cores", gt=0.0)
+    gpus_per_engine: float = knob(
+        1.0, "GPUs Ray reserves; 0: vLLM's CPU build", unit="GPUs", ge=0.0
+    )
+    ray_address: str | None = knob(
+        None, "Ray cluster to join, for example auto or ray-head:6379; default: a local one"
+    )
+    object_store_mib: int = knob(
+        1024, "shared memory of the Ray cluster started here", unit="MiB", ge=80
+    )
+    start_timeout_s: float = knob(
+        600.0, "deadline for an engine to be ready", unit="seconds", gt=0.0
+    )
+
+
+class AlgorithmSection(Section):
+    normalize_std: bool = knob(
+        True, "divide advantages by the group's standard deviation (GRPO); false: mean only"
+    )
+    mask_equal_rewards: bool = knob(
+        True, "groups whose rewards are all equal leave the loss and its denominator"
+    )
+    clip_low: float = knob(0.2, "the ratio's floor is 1 - clip_low", ge=0.0, le=1.0)
+    clip_high: float = knob(0.28, "the ratio's ceiling is 1 + clip_high", ge=0.0)
+    correction: Literal["token_tis", "none"] = knob(
+        "token_tis", "importance weight between engine and trainer: truncated per token, or none"
+    )
+    correction_cap: float = knob(2.0, "ceiling of the importance weight", gt=0.0)
+
+
+class OptimizerSection(Section):
+    learning_rate: float = knob(1e-6, "AdamW learning rate after warm-up", gt=0.0)
+    warmup_steps: int = knob(10, "steps of linear warm-up", unit="steps", ge=0)
+    beta1: float = knob(0.9, "decay of the first moment", ge=0.0, lt=1.0)
+    beta2: float = knob(0.999, "decay of the second moment", ge=0.0, lt=1.0)
+    eps: float = knob(1e-8, "AdamW epsilon", gt=0.0)
+    weight_decay: float = knob(0.01, "decoupled weight decay", ge=0.0)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this global norm", gt=0.0)
+    max_skipped_updates: int = knob(
+        3, "non-finite updates in a row that end the run", unit="updates", ge=1
+    )
+
+
+class MeshSection(Section):
+    data: int = knob(1, "batch shards; parameters are copied over this axis", unit="devices", ge=1)
+    fsdp: int = knob(
+        1, "batch shards; parameters are split over this axis too", unit="devices", ge=1
+    )
+    tensor: int = knob(1, "shards of heads, MLP width and vocabulary", unit="devices", ge=1)
+
+
+class PublishSection(Section):
+    channel: Literal["object_store", "shuttle"] = knob(
+        "object_store", "how weights travel: Ray's shared memory, or a directory all machines see"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto", "dtype on the wire; auto: float32 where the engines run float32, else bfloat16"
+    )
+    shuttle_dir: str | None = knob(None, "directory of the shuttle; default: weights/ in the run")
+    bucket_mib: int = knob(256, "size of one buffer on the wire", unit="MiB", ge=1)
+    keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
+    timeout_s: float = knob(120.0, "deadline for one publish", unit="seconds", gt=0.0)
+    probe_tolerance: float | None = knob(
+        None,
+        "largest difference between engine and trainer log-probs on the probe prompt before an "
+        "engine is refused; default: 1e-4 in float32, 0.5 otherwise",
+        unit="nats",
+        gt=0.0,
+    )
+
+
+class EvalSection(Section):
+    every_steps: int = knob(
+        10, "greedy evaluation every so many steps; 0: only first and last", unit="steps", ge=0
+    )
+
+
+class CheckpointSection(Section):
+    every_steps: int = knob(
+        20, "steps between checkpoints; the last step always has one", unit="steps", ge=1
+    )
+    keep: int = knob(2, "verified checkpoints kept", unit="checkpoints", ge=1)
+
+
+class LogSection(Section):
+    samples_per_step: int = knob(
+        2, "prompts whose completions are written to samples/ each step", unit="prompts", ge=0
+    )
+    tensorboard: bool = knob(True, "write TensorBoard events")
+
+
+class Config(Section):
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    reward: RewardSection = RewardSection()
+    rollout: RolloutSection = RolloutSection()
+    vllm: VllmSection = VllmSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    mesh: MeshSection = MeshSection()
+    publish: PublishSection = PublishSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def engine_dtype(self) -> str:
+        """What the engines run in, `auto` resolved."""
+        if self.vllm.dtype != "auto":
+            return self.vllm.dtype
+        return "bfloat16" if self.vllm.gpus_per_engine else "float32"
+
+    @property
+    def wire_dtype(self) -> str:
+        """What crosses the bridge, `auto` resolved."""
+        if self.publish.dtype != "auto":
+            return self.publish.dtype
+        return "float32" if self.engine_dtype == "float32" else "bfloat16"
+
+    @property
+    def probe_tolerance(self) -> float:
+        """Nats, the default resolved: a wrong tensor shows as whole nats, rounding does not."""
+        if self.publish.probe_tolerance is not None:
+            return self.publish.probe_tolerance
+        exact = self.engine_dtype == self.wire_dtype == "float32"
+        return 1e-4 if exact and self.model.compute_dtype != "bfloat16" else 0.5
+
+
+def contradictions(c: Config) -> list[str]:
+    """The rules no single field can state; each problem with its way out."""
+    found = []
+    shards = c.mesh.data * c.mesh.fsdp
+    if c.completions_per_step % shards:
+        found.append(
+            f"rollout.prompts_per_step * rollout.group_size = {c.completions_per_step} rows cannot "
+            f"be split over mesh.data * mesh.fsdp = {shards} shards; make it a multiple of {shards}"
+        )
+    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(c.rollout, key)
+        if value != off:
+            found.append(
+                f"rollout.{key} = {value}: a truncated sampling distribution gives log-probs that "
+                "the trainer, which sees the whole vocabulary, cannot reproduce, so every "
+                f"importance ratio would be biased; leave it at {off} (off)"
+            )
+    if c.data.source == "reasoning_gym" and not c.data.task:
+        found.append("data.source = reasoning_gym needs data.task, the name of a dataset")
+    if c.data.source == "jsonl" and not c.data.path:
+        found.append("data.source = jsonl needs data.path, a file with one object a line")
+    if c.data.source == "jsonl" and c.reward.kind == "task":
+        found.append("reward.kind = task needs data.source = reasoning_gym; use reward.kind: exact")
+    if "{prompt}" not in c.data.prompt_template:
+        found.append("data.prompt_template must contain {prompt}, where the question goes")
+    if c.optimizer.warmup_steps > c.run.steps:
+        found.append(
+            f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is longer than the run "
+            f"(run.steps = {c.run.steps}): the learning rate would never be reached"
+        )
+    return found

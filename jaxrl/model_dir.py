@@ -1,0 +1,31 @@
+"""From `model.path` to a local Hugging Face directory."""
+
+from pathlib import Path
+
+from jaxrl.types import UserError
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+
+
+def find_model(path: str) -> Path:
+    """The directory `path`, or the snapshot of the hub id `path`, fetched if the hub answers.
+
+    Raises:
+      UserError: neither exists.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path = {path}: there is no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model.path = {path}: there is no such directory here, and the hub has no such model "
+            f"or cannot be reached ({reason})"
+        ) from None

@@ -1,0 +1,1 @@
+"""Policies: what a Hugging Face `config.json` describes, as a Flax decoder."""

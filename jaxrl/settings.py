@@ -1,0 +1,295 @@
+"""From a command line to a checked `Config`: files, overrides, `--help`, and every error at once.
+
+Only pydantic and PyYAML are loaded: a mistake is answered before jax, Ray or a model is touched.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from jaxrl.config import Config, Section, contradictions
+from jaxrl.types import UserError
+
+USAGE = "python -m jaxrl.train --config FILE [--resume | --dry-run] [--section.key VALUE ...]"
+
+
+class ConfigError(UserError):
+    """All the problems of one configuration, a line each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    config: Config
+    resume: bool
+    dry_run: bool
+    arguments: tuple[str, ...]  # as given, without the flags
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads 1e-6 as text, since YAML 1.1 wants a dot; people and JSON do not. It also lets
+    a key appear twice and keeps the last one, and reads the key `on` as true; here those are
+    errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected a key that is text; quote it", key_node.start_mark
+                )
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} stands here twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+"),
+    list("-+0123456789"),
+)
+
+
+def parse_command_line(arguments: Sequence[str]) -> Command:
+    """Reads `--config FILE` and overrides (`--section.key value` or `section.key=value`).
+
+    Raises:
+      ConfigError: with every problem found, a line each.
+      SystemExit: after `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxrl.train",
+        usage=USAGE,
+        description="Trains a policy with GRPO. Keys, with their defaults:\n\n" + _list_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run from its newest verified checkpoint"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, start nothing"
+    )
+    known, rest = parser.parse_known_args(list(arguments))
+    if known.config is None:
+        raise ConfigError(f"--config FILE is required\nusage: {USAGE}")
+    config = load(Path(known.config), list(_overrides(rest)))
+    flags = ("--resume", "--dry-run")
+    given = tuple(argument for argument in arguments if argument not in flags)
+    return Command(config, known.resume, known.dry_run, given)
+
+
+def load(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Reads `path`, applies `overrides` left to right, checks the result.
+
+    Args:
+      path: a YAML file.
+      overrides: pairs of dotted key and YAML text.
+
+    Raises:
+      ConfigError: with every problem found, a line each.
+    """
+    tree = _read_yaml(path)
+    problems: list[str] = []
+    for key, text in overrides:
+        _apply(tree, key, text, problems)
+    try:
+        config = Config.model_validate(tree)
+        problems += contradictions(config)
+        if not problems:
+            return config
+    except ValidationError as error:
+        # dict.fromkeys: a value that fits no type of a union is reported once for each of them.
+        problems += dict.fromkeys(_explain(item) for item in error.errors())
+        problems += _contradictions_of_the_rest(tree, [item["loc"] for item in error.errors()])
+    raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe(c: Config) -> str:
+    """What a run of this configuration would start, without starting it."""
+    devices = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
+    lines = [
+        f"would train {c.model.path} for {c.run.steps} steps",
+        f"of {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions of at most "
+        f"{c.rollout.max_new_tokens} tokens",
+        f"on a mesh of {devices} devices (data {c.mesh.data}, fsdp {c.mesh.fsdp}, "
+        f"tensor {c.mesh.tensor})",
+        f"outputs go to {c.run_dir}",
+    ]
+    if c.rollout.engine == "inprocess":
+        lines.insert(3, "rollouts: the jitted sampler in the trainer; no Ray, no vLLM")
+    else:
+        where = f"the Ray cluster at {c.vllm.ray_address}" if c.vllm.ray_address else "a local Ray"
+        lines.insert(
+            3,
+            f"rollouts: {c.vllm.engines} vLLM engine(s) in {c.engine_dtype} on {where}, each "
+            f"{c.vllm.cpus_per_engine:g} CPUs and {c.vllm.gpus_per_engine:g} GPUs; weights go over "
+            f"{c.publish.channel} in {c.wire_dtype}",
+        )
+    return "\n".join(lines)
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its pydantic field."""
+    for name, section in Config.model_fields.items():
+        for key, field in _section(section.annotation).model_fields.items():
+            yield f"{name}.{key}", field
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    assert issubclass(annotation, Section)
+    return annotation
+
+
+def _list_keys() -> str:
+    lines = []
+    for key, field in keys():
+        default = "required" if field.default is PydanticUndefined else _show(field.default)
+        unit = (field.json_schema_extra or {}).get("unit")
+        lines.append(f"  --{key} ({default}{' ' + unit if unit else ''})")
+        lines.append(f"      {field.description}")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _show(value: Any) -> str:
+    return "default: " + yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{where}: not valid YAML: {what}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(tree).__name__}")
+    return tree
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """`--a.b v`, `--a.b=v` and `a.b=v`, as (key, text) pairs."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals:
+            following = next(remaining, None) if argument.startswith("--") else None
+            if following is None:
+                raise ConfigError(
+                    f"{argument!r}: expected --section.key VALUE or section.key=VALUE\n"
+                    f"usage: {USAGE}"
+                )
+            value = following
+        yield key, value
+
+
+def _apply(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> None:
+    value = _read_value(key, text)
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            problems.append(f"{key}: cannot be set, {parent} is not a section")
+            return
+    node[leaf] = value
+
+
+def _read_value(key: str, text: str) -> Any:
+    """Text of the command line as YAML, but verbatim where the key holds text: a prompt template
+    such as `{prompt}` or `Question: {prompt}` would be a mapping in YAML."""
+    annotation = dict(keys())[key].annotation if key in dict(keys()) else None
+    if annotation is str or (annotation == (str | None) and text != "null"):
+        return text
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+def _contradictions_of_the_rest(tree: dict[str, Any], wrong: list[tuple]) -> list[str]:
+    """Contradictions between the values that are right, while others are wrong or missing."""
+    stand_ins = {"run.name": "x", "run.steps": 2**31, "model.path": "x", "data.source": "jsonl"}
+    rest = copy.deepcopy(tree)
+    for location in wrong:
+        *parents, leaf = location[:2]
+        node = rest.setdefault(parents[0], {}) if parents else rest
+        if isinstance(node, dict):
+            node.pop(leaf, None)
+    for key, value in stand_ins.items():
+        section, leaf = key.split(".")
+        rest.setdefault(section, {}).setdefault(leaf, value)
+    keys_in_doubt = [".".join(map(str, location[:2])) for location in wrong]
+    keys_in_doubt += [_probably_meant(key.split(".")) or key for key in keys_in_doubt]
+    return [
+        problem
+        for problem in contradictions(Config.model_validate(rest))
+        if not any(key in problem for key in keys_in_doubt)
+    ]
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    kind, value = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(location)}"
+    if kind == "missing":
+        return f"{key}: required, and not set"
+    if kind == "model_type":
+        return f"{key}: expected a section with keys, found {value!r}"
+    if key.startswith("data.task_args."):
+        return f"{'.'.join(location[:3])}: expected a number, text, true, false or a list of texts"
+    message = item["msg"].removeprefix("Input should be ")
+    message = message.replace("String should match", "text matching")
+    return f"{key} = {value!r}: expected {message.removeprefix('a valid ')}"
+
+
+def _nearest(location: list[str]) -> str:
+    meant = _probably_meant(location)
+    return f"; did you mean {meant!r}?" if meant else f"; known here: {_known(location)}"
+
+
+def _probably_meant(location: list[str]) -> str | None:
+    """The nearest spelling: in this section first, then anywhere."""
+    close = difflib.get_close_matches(location[-1], _known(location), n=1)
+    if close:
+        return ".".join([*location[:-1], close[0]])
+    every = [key for key, _ in keys()]
+    elsewhere = [key for key in every if key.split(".")[1] == location[-1]]
+    elsewhere += difflib.get_close_matches(".".join(location), every, n=1)
+    return elsewhere[0] if elsewhere else None
+
+
+def _known(location: list[str]) -> list[str]:
+    """The keys that may stand beside `location`."""
+    if len(location) == 1:
+        return list(Config.model_fields)
+    return [key.split(".")[1] for key, _ in keys() if key.split(".")[0] == location[0]]

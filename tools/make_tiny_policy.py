@@ -1,0 +1,183 @@
+"""Makes the demo's starting policy: a small Qwen3, from random weights, by supervised fine-tuning.
+
+    python -m tools.make_tiny_policy [--out configs/tiny_policy] [--steps N] [--seed N]
+
+It learns to answer two-term sums of the reasoning-gym task `chain_sum`, and stops while it is still
+wrong more often than right: what is left is for reinforcement learning. Seeded: the same machine
+and library versions give the same bytes.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reasoning_gym
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bridge.checkpoints import save_model
+from bridge.export import make_exporter
+from jaxrl.losses import token_logprobs
+from jaxrl.models.config import load_config
+from jaxrl.models.decoder import Params, Policy, init_params
+from jaxrl.models.params import param_specs
+from jaxrl.sampler import InProcessEngine
+from jaxrl.types import Prompt, Sampling
+
+TASK = "chain_sum"
+TASK_ARGS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+END = "<|endoftext|>"
+ROW = 32  # tokens; prompt and answer fit
+BATCH = 256
+LEARNING_RATE = 3e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("configs/tiny_policy"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = train_tokenizer(options.seed)
+    tokenizer.save(str(options.out / "tokenizer.json"))
+    write_config(options.out, tokenizer)
+    config = load_config(options.out)
+    policy = Policy(config, jnp.float32)
+    params = fine_tune(policy, tokenizer, options.steps, options.seed)
+    export = make_exporter(param_specs(config), "bfloat16")
+    save_model(export(params), options.out, options.out)
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(f"{options.out}: {size / 1e6:.2f} MB")
+
+
+def train_tokenizer(seed: int) -> Tokenizer:
+    """Byte-level BPE with one token for each digit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    entries = tasks(seed)
+    texts = [" ".join(next(entries)) for _ in range(2000)]
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_config(out: Path, tokenizer: Tokenizer) -> None:
+    end = tokenizer.token_to_id(END)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        "dtype": "bfloat16",
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": 512,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
+def tasks(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (question, answer) pairs."""
+    dataset = reasoning_gym.create_dataset(TASK, seed=seed, size=2**31, **TASK_ARGS)
+    for index in range(2**31 - 1):
+        entry = dataset[index]
+        yield entry["question"], " " + entry["answer"]
+
+
+def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token rows int32 [BATCH, ROW], and a mask of the answers' tokens, the end included."""
+    end = tokenizer.token_to_id(END)
+    entries = tasks(seed)
+    while True:
+        tokens_BT = np.full((BATCH, ROW), end, np.int32)
+        mask_BT = np.zeros((BATCH, ROW), np.float32)
+        for tokens, mask in zip(tokens_BT, mask_BT, strict=True):
+            question, answer = (tokenizer.encode(text).ids for text in next(entries))
+            row = [*question, *answer, end]
+            tokens[: len(row)] = row
+            mask[len(question) : len(row)] = 1.0
+        yield tokens_BT, mask_BT
+
+
+def fine_tune(policy: Policy, tokenizer: Tokenizer, steps: int, seed: int) -> Params:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1)
+    )
+    params = init_params(policy.config, jax.random.key(seed))
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, opt_state, tokens_BT, mask_BT):
+        def loss_fn(params):
+            logprobs_BT, _ = token_logprobs(policy.logits(params, tokens_BT), tokens_BT, 1.0)
+            return -(logprobs_BT * mask_BT).sum() / mask_BT.sum()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        changes, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, changes), opt_state, loss
+
+    start = time.perf_counter()
+    data = batches(tokenizer, seed + 1_000_003)
+    for i in range(1, steps + 1):
+        params, opt_state, loss = step(params, opt_state, *next(data))
+        if i % 50 == 0 or i == steps:
+            seconds = time.perf_counter() - start
+            right = accuracy(policy, params, tokenizer, i)
+            print(
+                f"step {i}/{steps}  loss {loss:.3f}  accuracy {right:.3f}  {seconds:.0f} s",
+                flush=True,
+            )
+    return params
+
+
+def accuracy(policy: Policy, params: Params, tokenizer: Tokenizer, version: int) -> float:
+    """Greedy, on 200 fresh tasks."""
+    engine = InProcessEngine(policy)
+    engine.publish(params, version)
+    entries = tasks(2**31)
+    asked = [next(entries) for _ in range(200)]
+    prompts = [
+        Prompt(i, question, tuple(tokenizer.encode(question).ids), {})
+        for i, (question, _) in enumerate(asked)
+    ]
+    sampling = Sampling(1, 8, 0.0, policy.config.eos_token_ids)
+    groups = engine.generate(prompts, sampling, range(len(prompts)))
+    answers = [tokenizer.decode(group.rollouts[0].tokens.tolist()) for group in groups]
+    return float(np.mean([a == answer for a, (_, answer) in zip(answers, asked, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()
