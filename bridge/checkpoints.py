@@ -118,7 +118,7 @@ def _weight_files(model_dir: FilePath) -> dict[str, FilePath]:
             raise UserError(f"{model_dir}: there is no model.safetensors and no index of shards")
         with safe_open(single, framework="numpy") as reader:
             return dict.fromkeys(reader.keys(), single)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{model_dir}: damaged weights: {error}") from None
 
 

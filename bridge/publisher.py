@@ -93,7 +93,10 @@ class Publisher:
         ours = self._score(params, self._probe)
         worst = 0.0
         theirs = _answers(self._engines.score(self._probe), failed)
-        for name in names & theirs.keys():
+        for name in names - failed.keys():
+            if name not in theirs or theirs[name].shape != ours.shape:
+                failed[name] = "it gave no log-prob for each token of the probe prompt"
+                continue
             difference = float(np.max(np.abs(theirs[name] - ours)))
             if difference <= self._tolerance:  # False for NaN
                 worst = max(worst, difference)
@@ -110,7 +113,7 @@ def _answers(outcomes: Mapping[str, Any], failed: dict[str, str]) -> dict[str, A
     answers = {}
     for name, outcome in outcomes.items():
         if isinstance(outcome, Exception):
-            failed[name] = str(outcome)
+            failed.setdefault(name, str(outcome))  # the first thing that went wrong is the cause
         else:
             answers[name] = outcome
     return answers

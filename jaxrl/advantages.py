@@ -50,7 +50,10 @@ def group_advantages(
 
     mean_P1 = rewards_PG.sum(axis=1, keepdims=True) / jnp.maximum(count_P1, 1)
     centered_PG = jnp.where(known_PG, rewards_PG - mean_P1, 0.0)
-    equal_P1 = jnp.abs(centered_PG).max(axis=1, keepdims=True) <= EQUAL / 2
+    # Of the rewards, not of `centered_PG`: the mean of equal floats may differ from each of them.
+    highest_P1 = jnp.where(known_PG, rewards_PG, -jnp.inf).max(axis=1, keepdims=True)
+    lowest_P1 = jnp.where(known_PG, rewards_PG, jnp.inf).min(axis=1, keepdims=True)
+    equal_P1 = highest_P1 - lowest_P1 <= EQUAL
     comparable_P1 = count_P1 >= 2
 
     scale_P1 = jnp.ones_like(mean_P1)

@@ -208,7 +208,7 @@ def _shuffled(rows: list[tuple[str, Mapping[str, Any]]], seed: int) -> Source:
 
 def _read_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -27,7 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(c: MeshSection) -> Mesh:
-    """Raises UserError unless the machine has exactly the devices that the mesh asks for."""
+    """Over the first devices. Raises UserError if the mesh asks for more than jax sees."""
     need, have = c.data * c.fsdp * c.tensor, jax.device_count()
     if need > have:
         raise UserError(

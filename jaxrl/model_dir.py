@@ -19,12 +19,12 @@ def find_model(path: str) -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path = {path}: there is no such directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, allow_patterns=list(FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
             f"model.path = {path}: there is no such directory here, and the hub has no such model "
             f"or cannot be reached ({reason})"

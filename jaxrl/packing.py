@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl.types import Group, TrainBatch
 
-SHORTEST_ROW = 32  # tokens
+SHORTEST_ROW = 16  # tokens
 
 
 def row_length(longest: int) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 COLUMNS = {
     "reward": ("reward/mean", "{:.3f}"),
     "accuracy": ("eval/accuracy", "{:.1%}"),
-    "rollout tok/s": ("throughput/rollout_tokens_per_s", "{:,.0f}"),
-    "train tok/s": ("throughput/train_tokens_per_s", "{:,.0f}"),
-    "lag": ("staleness/lag_max", "{:.0f}"),
+    "rollout tok/s": ("tokens_per_s/rollout", "{:,.0f}"),
+    "train tok/s": ("tokens_per_s/train", "{:,.0f}"),
+    "lag": ("lag/max", "{:.0f}"),
     "sync s": ("time/publish_s", "{:.2f}"),
     "update s": ("time/update_s", "{:.2f}"),
 }

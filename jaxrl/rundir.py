@@ -181,7 +181,11 @@ def _lock(run_dir: Path) -> int:
 
 
 def _refuse_used(run_dir: Path) -> list[str]:
+    """A start that failed before its first step has left nothing to lose, and is started anew."""
     found = sorted(set(os.listdir(run_dir)) - _OWN_FILES)
+    began = (run_dir / "metrics.jsonl").exists() or any((run_dir / "checkpoints").glob("*"))
+    if "config.yaml" in found and not began:
+        return []
     if "config.yaml" in found:
         raise RunDirError(
             f"{run_dir}: holds a run already; continue it with --resume, choose another "

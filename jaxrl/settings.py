@@ -183,7 +183,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or error
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ConfigError(f"{path}{where}: not valid YAML: {what}") from None
     if tree is None:
         return {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.metrics import RunLog
     from jaxrl.models.config import DecoderConfig
     from jaxrl.models.decoder import Policy
+    from jaxrl.report import Summary
     from jaxrl.rewards import Reward
     from jaxrl.rundir import RunDir
     from jaxrl.update import TrainState, Update
@@ -49,8 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}\nto go on from the newest checkpoint, add --resume", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ended at once; to go on from the newest checkpoint, add --resume", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 @dataclass
@@ -127,13 +132,14 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "data/cursor": parts.stream.cursor,
             "data/skipped_too_long": parts.stream.skipped_too_long,
         }
+        # Before the checkpoint: a step that a resumed run will not repeat has been reported.
+        parts.log.step(step, metrics | clock.metrics())
+        n = c.log.samples_per_step
+        parts.log.samples(step, groups[:n], rewards_PG[:n], texts_PG[:n])
         ends = step == c.run.steps or interrupted.signal is not None
         if ends or step % c.checkpoint.every_steps == 0:
             parts.save(step, state, version)
-            clock.lap("checkpoint")
-        parts.log.step(step, metrics | clock.metrics())
-        parts.log.samples(step, groups[: c.log.samples_per_step], rewards_PG, texts_PG)
-        if interrupted.signal is not None:
+        if ends:
             break
     return state
 
@@ -250,8 +256,8 @@ def train(command: Command) -> int:
         finished = int(state.step) >= c.run.steps
         if finished:
             learner.export(state.params, run_dir.export)
-        log.closing(resume_command(command))
-        return 0 if interrupt.signal is None or finished else 128 + interrupt.signal
+        log.closing(summarize(command, run_dir, interrupt, finished))
+        return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
 
 @dataclass
@@ -417,8 +423,22 @@ def check_lengths(c: Config, decoder: DecoderConfig) -> None:
         )
 
 
-def resume_command(command: Command) -> str:
-    return shlex.join(["python", "-m", "jaxrl.train", *command.arguments, "--resume"])
+def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished: bool) -> Summary:
+    """How the run ended, where its outputs are, and the command that goes on with it."""
+    from jaxrl.report import Summary
+
+    arguments = [*command.arguments, "--resume"]
+    outputs = {
+        "metrics": run_dir.metrics_file,
+        "samples": run_dir.samples,
+        "TensorBoard": run_dir.tensorboard,
+        "checkpoints": run_dir.checkpoints,
+    }
+    if finished:
+        outputs["policy, as a Hugging Face directory"] = run_dir.export
+        arguments.append(f"--run.steps={2 * command.config.run.steps}")
+    ended = "finished" if finished else f"ended by {signal.Signals(interrupt.signal).name}"
+    return Summary(ended, outputs, shlex.join(["python", "-m", "jaxrl.train", *arguments]))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def make_update(
             keep(params, state.params),
             keep(opt_state, state.opt_state),
             state.step + 1,
-            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            jnp.where(apply, 0, state.skipped_in_a_row + ~finite),
         )
         metrics |= {
             "loss": loss,

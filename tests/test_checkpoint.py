@@ -31,14 +31,14 @@ def mesh(*shape: int) -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(shape), ("a", "b")[: len(shape)])
 
 
-def state(step: int, where: Mesh | None = None, spec: P = P()) -> dict:
+def state(step: int, where: Mesh | None = None, spec: P | None = None) -> dict:
     """Parameters, real optimizer state and a key; contents differ from step to step."""
     where = where or mesh(8)
     rng = np.random.default_rng(step)
-    sharded = NamedSharding(where, spec)
+    sharded = NamedSharding(where, spec or P())
     copied = NamedSharding(where, P())
     params = {
-        "dense": {"kernel": jax.device_put(rng.normal(size=(16, 8)).astype(np.float32), sharded)},
+        "dense": {"kernel": jax.device_put(rng.normal(size=(64, 64)).astype(np.float32), sharded)},
         "scale": jax.device_put(jnp.asarray(rng.normal(size=5), jnp.bfloat16), copied),
     }
     return {
@@ -267,7 +267,7 @@ def test_another_tree_is_an_error_that_names_the_leaves(two_steps):
     wanted["params"]["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=sharding)
     wanted["params"]["scale"] = jax.ShapeDtypeStruct((6,), jnp.bfloat16, sharding=sharding)
     wanted["params"]["dense"]["kernel"] = jax.ShapeDtypeStruct(
-        (16, 8), jnp.bfloat16, sharding=sharding
+        (64, 64), jnp.bfloat16, sharding=sharding
     )
     del wanted["key"]
     with pytest.raises(CheckpointError) as error:
@@ -275,7 +275,7 @@ def test_another_tree_is_an_error_that_names_the_leaves(two_steps):
     lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
     assert sorted(lines) == [
         "key: is in the checkpoint only",
-        "params/dense/kernel: is float32[16, 8] in the checkpoint, bfloat16[16, 8] here",
+        "params/dense/kernel: is float32[64, 64] in the checkpoint, bfloat16[64, 64] here",
         "params/extra: is not in the checkpoint",
         "params/scale: is bfloat16[5] in the checkpoint, bfloat16[6] here",
     ]
@@ -297,6 +297,23 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step, state(step), {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
+
+
+def test_a_removal_that_is_killed_half_way_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, state(1), {}, keep=1)
+    rmtree = shutil.rmtree
+
+    def killed(path):
+        next(p for p in Path(path).rglob("*") if p.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, state(2), {}, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000002"]
+    assert restore_newest(tmp_path, abstract(state(0))).rejected == []
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
 
 
 def test_a_whole_checkpoint_is_never_overwritten(tmp_path):

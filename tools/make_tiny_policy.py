@@ -2,16 +2,19 @@
 
     python -m tools.make_tiny_policy [--out configs/tiny_policy] [--steps N] [--seed N]
 
-It learns to answer two-term sums of the reasoning-gym task `chain_sum`, and stops while it is still
-wrong more often than right: what is left is for reinforcement learning. Seeded: the same machine
-and library versions give the same bytes.
+Its corpus is of mixed quality, as real ones are: three-term sums of the reasoning-gym task
+`chain_sum`, of which most that contain a minus are answered as if it were a plus. So the policy
+learns to subtract, and mostly not to: what reinforcement learning can put right. Seeded: the same
+machine and library versions give the same bytes.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +33,18 @@ from jaxrl.sampler import InProcessEngine
 from jaxrl.types import Prompt, Sampling
 
 TASK = "chain_sum"
-TASK_ARGS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TASK_ARGS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 END = "<|endoftext|>"
-ROW = 32  # tokens; prompt and answer fit
-BATCH = 256
+WRONG = 0.6  # share of sums with a minus that are answered as if it were a plus
+ROW = 16  # tokens; prompt and answer fit
+BATCH = 512
 LEARNING_RATE = 3e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("configs/tiny_policy"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -58,10 +62,13 @@ def main() -> None:
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE with one token for each digit."""
+    """Byte-level BPE, one token for each digit; merges cross spaces, so the set phrase is one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -71,7 +78,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
         show_progress=False,
     )
     entries = tasks(seed)
-    texts = [" ".join(next(entries)) for _ in range(2000)]
+    texts = [next(entries)["question"] for _ in range(2000)]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -108,23 +115,31 @@ def write_config(out: Path, tokenizer: Tokenizer) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
-def tasks(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (question, answer) pairs."""
+def tasks(seed: int) -> Iterator[dict[str, Any]]:
+    """Endless entries of the task."""
     dataset = reasoning_gym.create_dataset(TASK, seed=seed, size=2**31, **TASK_ARGS)
-    for index in range(2**31 - 1):
-        entry = dataset[index]
-        yield entry["question"], " " + entry["answer"]
+    return (dataset[index] for index in itertools.count())
+
+
+def answer_in_corpus(entry: dict[str, Any], rng: np.random.Generator) -> str:
+    """The answer, or the one that takes every minus for a plus."""
+    if rng.random() >= WRONG:
+        return entry["answer"]
+    terms = entry["metadata"]["expression"].replace("-", "+").split("+")
+    return str(sum(int(term) for term in terms))
 
 
 def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token rows int32 [BATCH, ROW], and a mask of the answers' tokens, the end included."""
     end = tokenizer.token_to_id(END)
-    entries = tasks(seed)
+    entries, rng = tasks(seed), np.random.default_rng(seed)
     while True:
         tokens_BT = np.full((BATCH, ROW), end, np.int32)
         mask_BT = np.zeros((BATCH, ROW), np.float32)
         for tokens, mask in zip(tokens_BT, mask_BT, strict=True):
-            question, answer = (tokenizer.encode(text).ids for text in next(entries))
+            entry = next(entries)
+            question = tokenizer.encode(entry["question"]).ids
+            answer = tokenizer.encode(" " + answer_in_corpus(entry, rng)).ids
             row = [*question, *answer, end]
             tokens[: len(row)] = row
             mask[len(question) : len(row)] = 1.0
@@ -155,28 +170,41 @@ def fine_tune(policy: Policy, tokenizer: Tokenizer, steps: int, seed: int) -> Pa
         params, opt_state, loss = step(params, opt_state, *next(data))
         if i % 50 == 0 or i == steps:
             seconds = time.perf_counter() - start
-            right = accuracy(policy, params, tokenizer, i)
+            greedy, best_of_8 = accuracy(policy, params, tokenizer)
             print(
-                f"step {i}/{steps}  loss {loss:.3f}  accuracy {right:.3f}  {seconds:.0f} s",
+                f"step {i}/{steps}  loss {loss:.3f}  accuracy {greedy:.3f}, best of 8 "
+                f"{best_of_8:.3f}  {seconds:.0f} s",
                 flush=True,
             )
     return params
 
 
-def accuracy(policy: Policy, params: Params, tokenizer: Tokenizer, version: int) -> float:
-    """Greedy, on 200 fresh tasks."""
+def accuracy(policy: Policy, params: Params, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Shares of 200 fresh tasks answered right: greedily, and by one of 8 samples."""
     engine = InProcessEngine(policy)
-    engine.publish(params, version)
-    entries = tasks(2**31)
-    asked = [next(entries) for _ in range(200)]
+    engine.publish(params, 0)
+    entries = list(itertools.islice(tasks(2**31), 200))
     prompts = [
-        Prompt(i, question, tuple(tokenizer.encode(question).ids), {})
-        for i, (question, _) in enumerate(asked)
+        Prompt(i, e["question"], tuple(tokenizer.encode(e["question"]).ids), e)
+        for i, e in enumerate(entries)
     ]
-    sampling = Sampling(1, 8, 0.0, policy.config.eos_token_ids)
-    groups = engine.generate(prompts, sampling, range(len(prompts)))
-    answers = [tokenizer.decode(group.rollouts[0].tokens.tolist()) for group in groups]
-    return float(np.mean([a == answer for a, (_, answer) in zip(answers, asked, strict=True)]))
+
+    def right(n: int, temperature: float) -> float:
+        sampling = Sampling(n, 8, temperature, policy.config.eos_token_ids)
+        groups = engine.generate(prompts, sampling, [8 * i for i in range(len(prompts))])
+        return float(
+            np.mean(
+                [
+                    any(
+                        tokenizer.decode(r.tokens.tolist()).strip() == group.prompt.task["answer"]
+                        for r in group.rollouts
+                    )
+                    for group in groups
+                ]
+            )
+        )
+
+    return right(1, 0.0), right(8, 1.0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from bridge.wire import Manifest, WireError
+from jaxrl.types import RunError
 
 # Channel name -> the module whose `fetch(ticket, deadline_s)` reads what that channel publishes.
 _FETCHERS = {
@@ -24,7 +25,7 @@ _FETCHERS = {
 }
 
 
-class ChannelError(Exception):
+class ChannelError(RunError):
     """A version that could not be published or fetched. Names the version, and the way out."""
 
 

@@ -10,7 +10,6 @@ handed out by a small actor, the shelf, and a ticket says where the shelf is.
 """
 
 import json
-import os
 import uuid
 from typing import Any
 
@@ -69,18 +68,18 @@ class ObjectStoreChannel:
         _check_capacity(manifest, self._keep)
         try:
             shelf = self._shelf or self._start_shelf()
-            while len(self._kept) >= self._keep:  # first, so that the store never holds one more
-                _wait(shelf.drop.remote(self._kept[0]))
-                self._kept.pop(0)
             refs = [ray.put(manifest.to_json())]
             refs += [ray.put(_plain_bytes(bucket)) for bucket in buckets]
             _wait(shelf.put.remote(version, refs))
+            self._kept.append(version)
+            while len(self._kept) > self._keep:
+                _wait(shelf.drop.remote(self._kept[0]))
+                self._kept.pop(0)
         except RayError as error:
             raise ChannelError(
                 f"weight version {version}, {manifest.nbytes} bytes, could not be put into the "
                 f"object store: {error}"
             ) from error
-        self._kept.append(version)
         self._newest = version
         return Ticket(NAME, version, manifest.digest, self._address())
 
@@ -134,8 +133,6 @@ def _join(gcs: str) -> None:
     """Joins the cluster of the ticket, where this process is not in one: vLLM's child process."""
     if ray.is_initialized():
         return
-    # The parent's place in the cluster is inherited through the environment and is not ours.
-    os.environ.pop("RAY_JOB_ID", None)
     ray.init(address=gcs, log_to_driver=False, logging_level=_QUIET, configure_logging=False)
 
 
@@ -150,17 +147,19 @@ def _plain_bytes(bucket: np.ndarray) -> np.ndarray:
 
 
 def _check_capacity(manifest: Manifest, keep: int) -> None:
-    """Raises ChannelError unless this node's object store can hold `keep` such versions.
+    """Raises ChannelError unless this node's object store can hold `keep` + 1 such versions.
 
-    Ray would not refuse: it would spill to disk, and every engine would read from there.
+    One more than are kept, because the oldest goes when the newest is there. Ray itself would not
+    refuse: it would spill to disk, and every engine would read from there.
     """
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     have = int(node["Resources"].get("object_store_memory", 0))
-    need = keep * manifest.nbytes
+    need = (keep + 1) * manifest.nbytes
     if need > have:
         raise ChannelError(
-            f"weight version {manifest.version}: {keep} versions of {manifest.nbytes} bytes need "
-            f"{need} bytes, and the object store of this node has {have}; give Ray a larger one "
-            "(object_store_memory), keep fewer versions, or use the shuttle channel"
+            f"weight version {manifest.version}: {keep} versions to keep and one on its way, of "
+            f"{manifest.nbytes} bytes each, need {need} bytes, and the object store of this node "
+            f"has {have}; give Ray a larger one (object_store_memory), keep fewer versions, or use "
+            "the shuttle channel"
         )

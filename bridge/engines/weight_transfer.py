@@ -62,28 +62,34 @@ class Staged:
 
 
 class Prefetch:
-    """Fetches and hashes one version in a thread of its own."""
+    """Fetches and hashes one version in a thread of its own.
+
+    Twice the deadline bounds it as a whole: the bytes must arrive within one, and what cannot be
+    interrupted, such as joining a cluster that is gone, gets another.
+    """
 
     def __init__(self, ticket: channels.Ticket, deadline_s: float):
         self.ticket = ticket
         self._deadline_s = deadline_s
+        self._end = time.monotonic() + 2 * deadline_s
         self._staged: Staged | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="bridge-prefetch", daemon=True)
         self._thread.start()
 
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        """Whether `result` would return, or raise, without waiting."""
+        return not self._thread.is_alive() or time.monotonic() >= self._end
 
     def result(self) -> Staged:
         """Waits, and returns the version or raises what kept it from arriving."""
-        self._thread.join(self._deadline_s)
+        self._thread.join(max(0.0, self._end - time.monotonic()))
         if self._error is not None:
             raise self._error
         if self._staged is None:
             raise UpdateRefused(
                 f"weight version {self.ticket.version} was not fetched and hashed within "
-                f"{self._deadline_s:g} s"
+                f"{2 * self._deadline_s:g} s"
             )
         return self._staged
 

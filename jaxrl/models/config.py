@@ -24,6 +24,8 @@ _REQUIRED = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
 )
 
 
@@ -65,11 +67,10 @@ def load_config(model_dir: Path) -> DecoderConfig:
         problems.append(f"rope_type = {rope['rope_type']!r} is not supported, only 'default'")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         problems.append("layer_types other than full_attention are not supported")
-    problems += [f"{field} is missing" for field in _REQUIRED if field not in raw]
+    problems += [f"{field} is missing" for field in _REQUIRED if raw.get(field) is None]
     if problems:
         raise UserError(f"{model_dir / 'config.json'}: " + "; ".join(problems))
 
-    heads = raw["num_attention_heads"]
     generation = model_dir / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos = raw.get("eos_token_id") if eos is None else eos
@@ -78,9 +79,9 @@ def load_config(model_dir: Path) -> DecoderConfig:
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw["num_key_value_heads"],
+        head_dim=raw["head_dim"],
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -91,7 +92,10 @@ def load_config(model_dir: Path) -> DecoderConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it does not hold an object")
+        return raw
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; is this a Hugging Face model?") from None
     except (OSError, ValueError) as error:

@@ -56,7 +56,7 @@ def extract(completion: str, pattern: re.Pattern[str] | None) -> str:
     matches = list(pattern.finditer(completion))
     if not matches:
         return ""
-    return matches[-1].group(1 if pattern.groups else 0).strip()
+    return (matches[-1].group(1 if pattern.groups else 0) or "").strip()
 
 
 def exact(answer: str, task: Mapping[str, Any]) -> float:

@@ -1,10 +1,12 @@
 """The scorers of the reasoning-gym library (Stojanovski et al. 2025, arXiv:2505.24760)."""
 
-from jaxrl.rewards import Scorer
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from jaxrl.types import UserError
 
 
-def task_scorer(task: str) -> Scorer:
+def task_scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:
     """The library's own scorer of `task`: 1.0 for a right answer, often a little for a near one."""
     try:
         import reasoning_gym
@@ -12,4 +14,7 @@ def task_scorer(task: str) -> Scorer:
         raise UserError(
             "reward.kind = task needs the reasoning-gym library: pip install 'jaxrl-bridge[tasks]'"
         ) from None
-    return reasoning_gym.get_score_answer_fn(task)
+    try:
+        return reasoning_gym.get_score_answer_fn(task)
+    except ValueError as error:
+        raise UserError(f"data.task = {task!r}: {error}") from None

@@ -1,0 +1,466 @@
+"""One vLLM engine behind a Ray actor.
+
+The class is plain Python with coroutines; `bridge.fleet` makes the actor of it. Tokens go in and
+tokens come out: there is no tokenizer here, and no HTTP. vLLM is imported when the engine starts
+and not before, so that the driver can name this class without having vLLM.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+_MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
+_POLL_S = 0.01
+_FINISHED = ("stop", "length")
+_LOG_TAIL_BYTES = 65536
+_LOGGED_ERROR = re.compile(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
+
+
+class EngineError(Exception):
+    """The engine cannot do what it was asked; says which engine and why."""
+
+
+class RequestRefused(EngineError):
+    """The request is at fault, and every engine would refuse it."""
+
+
+class StaleVersion(EngineError):
+    """The request asks for another version of the weights than the engine acknowledged."""
+
+
+class EngineDead(EngineError):
+    """The engine cannot serve again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one engine is built with. Plain types: this crosses from the driver to the workers."""
+
+    dtype: str = "bfloat16"
+    max_model_len: int = 2048  # tokens, prompt + completion
+    max_num_seqs: int = 64  # sampled at once; more wait inside the engine
+    kv_cache_bytes: int | None = None  # None: sized by gpu_memory_utilization
+    gpu_memory_utilization: float | None = None  # None: vLLM's default
+    tensor_parallel: int = 1
+    enforce_eager: bool = False
+    load_format: Literal["dummy", "auto"] = "dummy"  # dummy: weights come over the bridge
+    seed: int = 0
+
+
+def actor_environment(cpu: bool) -> dict[str, str]:
+    """Environment variables that must be set before the engine's process imports vLLM."""
+    environment = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",  # all that an engine needs is handed to it
+    }
+    if cpu:
+        environment |= {
+            # One process fewer: on CPU vLLM would otherwise put even a single worker into its own.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Asking for log-probabilities compiles C++ in every new process, for nothing gained.
+            "TORCHDYNAMO_DISABLE": "1",
+            # A second thread spins against the neighbours: 20 times slower on a busy machine.
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine to the same core
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+    return environment
+
+
+class VllmEngine:
+    """Serves one version of the weights at a time, and knows which.
+
+    A new version is staged while the old one serves, and committed in a pause of milliseconds.
+    Whatever fails before the commit leaves the old version serving; a commit that fails shuts the
+    engine down, because half a version must not serve.
+    """
+
+    def __init__(self, name: str, settings: EngineSettings, model: str | dict[str, bytes]):
+        """`model` is a Hugging Face directory, or its small files (config.json, ...) by name."""
+        self._name = name
+        self._settings = settings
+        self._model = model
+        self._private_dir: str | None = None
+        self._llm: Any = None
+        self._vocab_size = 0
+        self._version: int | None = None  # acknowledged; None until weights were loaded
+        self._staged: int | None = None
+        self._updating = asyncio.Lock()
+
+    async def start(self) -> dict[str, Any]:
+        """Builds the engine and tries it. Weights that came from `model` are version 0.
+
+        Raises:
+          EngineDead: vLLM is missing, or refuses the model or the machine.
+        """
+        started = time.perf_counter()
+        try:
+            import vllm
+
+            self._llm = await self._build()
+            # Some models are refused only by the first forward pass.
+            await self._run([0], _sampling_params(_TRIAL))
+        except Exception as error:  # vLLM raises whatever its many parts raise
+            await self.shutdown()
+            raise EngineDead(
+                f"{self._name} on {os.uname().nodename} could not start vLLM: {_sentence(error)}"
+            ) from error
+        self._vocab_size = self._llm.model_config.get_vocab_size()
+        if self._settings.load_format == "auto":
+            await self._llm.update_weight_version("0")
+            self._version = 0
+        return {
+            "name": self._name,
+            "vllm": vllm.__version__,
+            "version": self._version,
+            "seconds": time.perf_counter() - started,
+            "pid": os.getpid(),
+            "node": os.uname().nodename,
+        }
+
+    async def _build(self) -> Any:
+        from vllm.config import WeightTransferConfig
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from bridge.engines import plugin
+
+        settings = self._settings
+        if settings.tensor_parallel > 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
+            # vLLM's CPU workers need to be told their cores when there are several of them.
+            cores = [str(rank) for rank in range(settings.tensor_parallel)]
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+        optional = {
+            "kv_cache_memory_bytes": settings.kv_cache_bytes,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+        }
+        args = AsyncEngineArgs(
+            model=self._model_directory(),
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # no sampling setting is taken from the model's files
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            tensor_parallel_size=settings.tensor_parallel,
+            # Named, because inside a placement group vLLM would choose Ray and not ask.
+            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
+            enforce_eager=settings.enforce_eager,
+            load_format=settings.load_format,
+            seed=settings.seed,
+            enable_prefix_caching=True,
+            # Log-probabilities of the distribution that was sampled from, temperature applied.
+            logprobs_mode="processed_logprobs",
+            max_logprobs=1,
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
+            worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+        llm = AsyncLLM.from_engine_args(args)
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        return llm
+
+    def _model_directory(self) -> str:
+        if isinstance(self._model, str):
+            return self._model
+        self._private_dir = tempfile.mkdtemp(prefix="jaxrl-model-")
+        for name, content in self._model.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a plain file name")
+            (Path(self._private_dir) / name).write_bytes(content)
+        return self._private_dir
+
+    async def stage(
+        self, ticket_json: str, expected: list[list[Any]], deadline_s: float
+    ) -> dict[str, Any]:
+        """Brings one version into the workers' memory and proves it, while the old one serves.
+
+        Args:
+          ticket_json: a `channels.Ticket`.
+          expected: [[name, dtype, shape], ...] of every tensor that a version has.
+          deadline_s: for the bytes to arrive; checking them may take as long again.
+
+        Raises:
+          EngineError: the version is late, torn, incomplete or not the model's. The engine serves
+            on, and the next `stage` starts afresh.
+        """
+        from bridge.channels import Ticket
+
+        ticket = Ticket.from_json(ticket_json)
+        async with self._updating:
+            started = time.perf_counter()
+            with self._plain_errors():
+                await self._abort()
+                await self._llm.start_weight_update()
+                await self._receive(ticket_json, expected, deadline_s)
+            self._staged = ticket.version
+            return {"version": ticket.version, "stage_s": time.perf_counter() - started}
+
+    async def _receive(self, ticket_json: str, expected: list[list[Any]], deadline_s: float):
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.collective_rpc("bridge_prefetch", args=(ticket_json, deadline_s))
+        while not all(await self._llm.collective_rpc("bridge_prefetched")):
+            await asyncio.sleep(_POLL_S)  # decoding goes on; the workers give up at their deadline
+        info = {"ticket": ticket_json, "deadline_s": deadline_s, "expected": expected}
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+
+    async def commit(self, version: int) -> dict[str, Any]:
+        """Loads the staged version and serves it from the next token on.
+
+        Requests under way are kept; what they sampled is recomputed under the new weights, because
+        the cache of the old ones is dropped, and their next tokens carry the new version.
+
+        Returns:
+          version; digest of what was handed to the model's loader; pause_s, for which nothing was
+          sampled; load_s, the part of it spent loading; stage_s.
+        """
+        async with self._updating:
+            if self._staged != version:
+                raise EngineError(
+                    f"{self._name}: version {version} cannot be committed, "
+                    f"{'nothing' if self._staged is None else f'version {self._staged}'} is staged"
+                )
+            self._staged = None
+            started = time.perf_counter()
+            try:
+                await self._llm.pause_generation(mode="keep", clear_cache=True)
+                await self._llm.finish_weight_update(weight_version=str(version))
+                loaded = await self._agreed(version)
+                self._version = version
+                await self._llm.resume_generation()
+            except Exception as error:  # whatever it was, the weights are not known any more
+                await self.shutdown()
+                raise EngineDead(
+                    f"{self._name}: loading version {version} failed half way, and the engine was "
+                    f"shut down: {_sentence(error)}"
+                ) from error
+            return loaded | {"pause_s": time.perf_counter() - started}
+
+    async def acknowledged(self) -> int | None:
+        """The version that the engine serves, or None before the first."""
+        return self._version
+
+    async def _agreed(self, version: int) -> dict[str, Any]:
+        """What the workers loaded, which must be the same thing in each of them."""
+        first, *others = await self._llm.collective_rpc("bridge_loaded")
+        for loaded in [first, *others]:
+            if (loaded["version"], loaded["digest"]) != (version, first["digest"]):
+                raise EngineError(f"the workers loaded different weights: {[first, *others]}")
+        return first
+
+    async def abort_update(self) -> None:
+        """Drops a staged version. The engine serves what it served, and can stage again."""
+        async with self._updating:
+            with self._plain_errors():
+                await self._abort()
+
+    async def _abort(self) -> None:
+        self._require_running()
+        self._staged = None
+        await self._llm.collective_rpc("bridge_abort")
+
+    async def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Samples the completions of one prompt.
+
+        Args:
+          request: tokens, n, max_new_tokens, temperature, stop_tokens, seed, version. Sibling i is
+            sampled with seed + i. Temperature 0 is greedy, and its log-probabilities are those of
+            temperature 1.
+
+        Returns:
+          One dict for each sibling: tokens int32, logprobs float32 nats of the sampling
+          distribution, versions int64, finish_reason, seed.
+
+        Raises:
+          RequestRefused: no engine could serve this request.
+          StaleVersion: this engine has not acknowledged the request's version.
+          EngineError: vLLM did not finish it.
+        """
+        self._require_version(request["version"])
+        self._check(request)
+        with self._plain_errors():
+            output = await self._run(request["tokens"], _sampling_params(request))
+        # Greedy siblings are all the same: vLLM refuses them, and one is sampled for all.
+        greedy = request["temperature"] == 0
+        completions = output.outputs * request["n"] if greedy else output.outputs
+        return [
+            self._result(completion, request["seed"] + sibling)
+            for sibling, completion in enumerate(completions)
+        ]
+
+    async def generate_many(self, requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """`generate` for each request, all at once and in one message each way."""
+        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
+
+    async def score(self, tokens: list[int]) -> np.ndarray:
+        """Log-probability of each token given those before it, float32 [len(tokens)], nats.
+
+        Under the loaded weights, at temperature 1. Position 0 has nothing before it and is 0.
+        """
+        from vllm import SamplingParams
+
+        self._require_running()
+        if self._version is None:
+            raise EngineError(f"{self._name} has no weights yet")
+        self._check_tokens(tokens, new=1)
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0.0
+        )
+        with self._plain_errors():
+            flat = (await self._run(tokens, params)).prompt_logprobs
+        scores = np.zeros(len(tokens), np.float32)
+        for position in range(1, len(tokens)):
+            start = flat.start_indices[position]
+            if flat.token_ids[start] != tokens[position]:
+                raise EngineError(f"{self._name}: vLLM scored another token at {position}")
+            scores[position] = flat.logprobs[start]
+        return scores
+
+    async def shutdown(self) -> None:
+        """Ends vLLM's processes and removes what the engine wrote."""
+        llm, self._llm = self._llm, None
+        self._version = None
+        if llm is not None:
+            llm.shutdown()
+        if self._private_dir is not None:
+            shutil.rmtree(self._private_dir, ignore_errors=True)
+
+    async def _run(self, tokens: list[int], params: Any) -> Any:
+        prompt = {"prompt_token_ids": list(tokens)}
+        async for output in self._llm.generate(prompt, params, uuid.uuid4().hex):
+            if output.finished:
+                return output
+        raise EngineError(f"{self._name}: vLLM ended a request without a result")
+
+    def _result(self, completion: Any, seed: int) -> dict[str, Any]:
+        if completion.finish_reason not in _FINISHED:
+            raise EngineError(f"{self._name}: a completion ended with {completion.finish_reason!r}")
+        tokens = np.array(completion.token_ids, np.int32)
+        flat = completion.logprobs
+        if flat.token_ids != list(completion.token_ids):
+            raise EngineError(f"{self._name}: vLLM's log-probabilities are of other tokens")
+        versions = np.full(len(tokens), -1, np.int64)
+        for span in completion.weight_versions or []:
+            versions[span.start : span.end] = int(span.version)
+        if (versions < 0).any():
+            raise EngineError(f"{self._name}: vLLM did not say which weights sampled each token")
+        return {
+            "tokens": tokens,
+            "logprobs": np.array(flat.logprobs, np.float32),
+            "versions": versions,
+            "finish_reason": completion.finish_reason,
+            "seed": seed,
+        }
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Lets only this module's errors out: the driver has no vLLM to unpickle others with."""
+        try:
+            yield
+        except EngineError:
+            raise
+        except Exception as error:  # vLLM rebuilds its workers' errors as types of its own
+            dead = self._llm is None or self._llm.errored
+            kind = EngineDead if dead else EngineError
+            raise kind(f"{self._name}: {_sentence(error)}") from error
+
+    def _require_running(self) -> None:
+        if self._llm is None:
+            raise EngineDead(f"{self._name} is not running")
+
+    def _require_version(self, version: int) -> None:
+        self._require_running()
+        if self._version is None or version != self._version:
+            raise StaleVersion(
+                f"{self._name}: the request is for weight version {version}, and the engine "
+                f"acknowledged {self._version}"
+            )
+
+    def _check(self, request: dict[str, Any]) -> None:
+        temperature = request["temperature"]
+        if not (temperature == 0 or temperature >= _MIN_TEMPERATURE):
+            raise RequestRefused(
+                f"temperature {temperature}: use 0 for greedy, or at least {_MIN_TEMPERATURE}"
+            )
+        if request["n"] < 1 or request["max_new_tokens"] < 1 or request["seed"] < 0:
+            raise RequestRefused(
+                f"n {request['n']} and max_new_tokens {request['max_new_tokens']} must be at least "
+                f"1, and seed {request['seed']} at least 0"
+            )
+        self._check_tokens(request["tokens"], new=request["max_new_tokens"])
+
+    def _check_tokens(self, tokens: list[int], new: int) -> None:
+        longest = self._settings.max_model_len
+        if not tokens or len(tokens) + new > longest:
+            raise RequestRefused(
+                f"{len(tokens)} prompt tokens and {new} new ones: there must be a prompt, and both "
+                f"must fit into max_model_len = {longest}"
+            )
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise RequestRefused(
+                f"tokens {min(tokens)} to {max(tokens)} are not all in the model's vocabulary of "
+                f"{self._vocab_size}; does the tokenizer belong to the model?"
+            )
+
+
+_TRIAL = {"n": 1, "seed": 0, "temperature": 1.0, "max_new_tokens": 1, "stop_tokens": []}
+
+
+def _sampling_params(request: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=request["n"] if request["temperature"] else 1,
+        seed=request["seed"],  # vLLM gives sibling i seed + i
+        temperature=request["temperature"],
+        top_p=1.0,
+        top_k=0,
+        max_tokens=request["max_new_tokens"],
+        stop_token_ids=list(request["stop_tokens"]),
+        ignore_eos=True,  # only the request's own stop tokens stop it
+        logprobs=0,  # of the sampled token, and of no other
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line.
+
+    Where vLLM only says that its child process failed, the child's own error is looked up in what
+    it printed: an actor and its children print to the same files.
+    """
+    if isinstance(error, EngineError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if "root cause" not in text:
+        return f"{type(error).__name__}: {text}" if type(error) is not Exception else text
+    printed = _own_output("/proc/self/fd/1") + _own_output("/proc/self/fd/2")
+    causes = [line for line in _LOGGED_ERROR.findall(printed) if "root cause" not in line]
+    return causes[-1] if causes else text
+
+
+def _own_output(descriptor: str) -> str:
+    """The end of the file that this process prints to, or "" if that is not a file."""
+    path = Path(descriptor)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace")

@@ -1,0 +1,154 @@
+"""Which engines there are, what each of them serves, and who gets work. No Ray in here."""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from jaxrl.types import RunError
+
+
+class FleetError(RunError):
+    """What an engine, or all of them, could not do, and where to look."""
+
+
+@dataclasses.dataclass
+class Engine:
+    """One actor, and what the driver knows of it."""
+
+    name: str
+    actor: Any
+    started: Any  # the pending result of `VllmEngine.start`
+    state: Literal["starting", "ready", "failed"] = "starting"
+    version: int | None = None  # the last it acknowledged
+    reason: str = ""  # why it failed
+    load: int = 0  # completions under way
+
+
+class Roster:
+    """The engines, by name. Every method may be called from any thread.
+
+    Work is given only to the admitted engines, all of which serve one version. Between `suspend`
+    and the next `admit` nobody is given any, and those who ask wait.
+    """
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+        self._serving: set[str] = set()
+        self._version: int | None = None
+        self._suspended = False
+        self._changed = threading.Condition()
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._engines[name]
+
+    def add(self, engine: Engine) -> None:
+        with self._changed:
+            self._engines[engine.name] = engine
+
+    def clear(self) -> list[Engine]:
+        """Empties the roster, and returns who was on it."""
+        with self._changed:
+            engines = list(self._engines.values())
+            self._engines, self._serving = {}, set()
+            self._changed.notify_all()
+            return engines
+
+    @property
+    def version(self) -> int | None:
+        """The version of the admitted engines."""
+        return self._version
+
+    @property
+    def alive(self) -> list[str]:
+        with self._changed:
+            return [name for name, e in self._engines.items() if e.state != "failed"]
+
+    @property
+    def serving(self) -> list[str]:
+        with self._changed:
+            return sorted(self._serving)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        with self._changed:
+            return {e.name: e.reason for e in self._engines.values() if e.state == "failed"}
+
+    def acknowledge(self, name: str, version: int | None) -> None:
+        """Notes that an engine is ready, with `version` loaded."""
+        with self._changed:
+            self._engines[name].state = "ready"
+            self._engines[name].version = version
+
+    def fail(self, name: str, reason: str) -> None:
+        """Takes an engine out for good."""
+        with self._changed:
+            self._engines[name].state = "failed"
+            self._engines[name].reason = reason
+            self._serving.discard(name)
+            self._changed.notify_all()
+
+    def suspend(self) -> None:
+        with self._changed:
+            self._suspended = True
+
+    def admit(self, names: Iterable[str], version: int) -> None:
+        """Makes exactly these engines the ones that get work.
+
+        Raises:
+          FleetError: one of them has not acknowledged `version`; nothing has changed.
+        """
+        admitted = set(names)
+        with self._changed:
+            for name in sorted(admitted):
+                engine = self._engines.get(name)
+                if engine is None:
+                    raise FleetError(f"{name} is not one of {sorted(self._engines)}")
+                if engine.state != "ready" or engine.version != version:
+                    raise FleetError(
+                        f"{name} cannot be admitted at weight version {version}: it is "
+                        f"{engine.state} and acknowledged {engine.version}. {engine.reason}".strip()
+                    )
+            self._serving, self._version, self._suspended = admitted, version, False
+            self._changed.notify_all()
+
+    def assign(self, costs: Sequence[int], timeout_s: float) -> tuple[int, dict[str, list[int]]]:
+        """Shares out pieces of work, each to the engine with the least of it.
+
+        Returns:
+          The version they all serve, and for each engine the indices of its pieces. What an engine
+          was given counts as its load until `release`.
+
+        Raises:
+          FleetError: nobody serves, or an update was not admitted within `timeout_s`.
+        """
+        with self._changed:
+            if not self._changed.wait_for(self._decided, timeout_s):
+                raise FleetError(
+                    f"the engines loaded new weights and none was admitted within {timeout_s:g} s"
+                )
+            if not self._serving or self._version is None:
+                raise FleetError(self._why_nobody_serves())
+            shares: dict[str, list[int]] = {}
+            for index, cost in enumerate(costs):
+                name = min(sorted(self._serving), key=lambda name: self._engines[name].load)
+                self._engines[name].load += cost
+                shares.setdefault(name, []).append(index)
+            return self._version, shares
+
+    def release(self, name: str, cost: int) -> None:
+        with self._changed:
+            if name in self._engines:
+                self._engines[name].load -= cost
+
+    def _decided(self) -> bool:
+        """Whether it is known who serves, or that nobody will."""
+        return not self._suspended or all(e.state == "failed" for e in self._engines.values())
+
+    def _why_nobody_serves(self) -> str:
+        reasons = [e.reason for e in self._engines.values() if e.state == "failed"]
+        return (
+            f"no engine is left that serves weight version {self._version}: "
+            f"{'; '.join(reasons) or 'none was admitted'}. What each engine printed is in Ray's "
+            "session directory, logs/worker-*.err"
+        )

@@ -1,0 +1,131 @@
+"""A tiny random Qwen3 made by transformers, and one real engine for all the tests that need one."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+VOCAB = 128
+
+
+@dataclasses.dataclass
+class TinyModel:
+    """A Hugging Face directory, and the same model in torch, which is the reference."""
+
+    directory: Path
+    model: object
+
+    def state(self):
+        """name -> float32 torch tensor; a tied head is not listed twice."""
+        tied = self.model.config.tie_word_embeddings
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not (tied and name == "lm_head.weight")
+        }
+
+    def expected(self):
+        return [[name, "float32", list(t.shape)] for name, t in self.state().items()]
+
+    def files(self):
+        names = ("config.json", "generation_config.json")
+        return {name: (self.directory / name).read_bytes() for name in names}
+
+    def logprobs(self, tokens, temperature=1.0):
+        """Row t is the reference's distribution of the token after `tokens[: t + 1]`."""
+        import torch
+
+        with torch.no_grad():
+            logits = self.model(torch.tensor([tokens])).logits[0].float()
+        return torch.log_softmax(logits / temperature, -1).numpy()
+
+    def scores(self, tokens):
+        rows = self.logprobs(tokens)
+        after = [rows[t - 1, tokens[t]] for t in range(1, len(tokens))]
+        return np.array([0.0, *after], np.float32)
+
+
+def make_tiny(directory: Path, seed: int, tied: bool = True) -> TinyModel:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        eos_token_id=7,
+        initializer_range=0.2,  # wide, so that two seeds give visibly different distributions
+    )
+    model = Qwen3ForCausalLM(config).float().eval()
+    model.save_pretrained(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    return TinyModel(directory, model)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny-a"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """Another set of weights for the same architecture."""
+    return make_tiny(tmp_path_factory.mktemp("tiny-b"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray on this machine for the whole session, or the one that is there already."""
+    ray = pytest.importorskip("ray")
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(
+            address="local",  # never somebody else's cluster
+            num_cpus=16,  # only counted: what matters is that nothing waits for a place
+            object_store_memory=256 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    yield ray
+    if mine:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engine_settings():
+    from bridge.engines.vllm import EngineSettings
+
+    return EngineSettings(
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=32,
+        kv_cache_bytes=64 << 20,
+        enforce_eager=True,
+        load_format="dummy",
+    )
+
+
+def packed(model: TinyModel, version: int, leave_out=(), reshape=()):
+    """A version of `model` as the trainer would pack it, optionally spoilt."""
+    from bridge import wire
+
+    tensors = []
+    for name, tensor in model.state().items():
+        if name not in leave_out:
+            shape = (tensor.numel(),) if name in reshape else tuple(tensor.shape)
+            data = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+            tensors.append(wire.HostTensor(name, "float32", shape, data))
+    return wire.pack(version, tensors, bucket_bytes=1 << 16)

@@ -1,0 +1,285 @@
+"""The fleet against engines that fail: real ones that are killed, scripted ones that misbehave."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl.types import Prompt, Sampling
+from tests.bridge.conftest import packed
+
+ray = pytest.importorskip("ray")
+psutil = pytest.importorskip("psutil")
+
+from bridge import fleet as fleet_module  # noqa: E402
+from bridge.channels import Ticket  # noqa: E402
+from bridge.engines.vllm import EngineDead, EngineError, RequestRefused, StaleVersion  # noqa: E402
+from bridge.fleet import Fleet, FleetError, FleetSettings  # noqa: E402
+
+SAMPLING = Sampling(n=2, max_new_tokens=8, temperature=1.0, stop_tokens=())
+TICKET = Ticket("shuttle", 1, "0" * 64, "/nowhere")
+
+
+def prompts(count):
+    return [Prompt(100 + i, "", (i % 50 + 1, 2, 3), {}) for i in range(count)]
+
+
+class ScriptedEngine:
+    """An engine of a few lines. `script` says what each one does: {name: {method: deed}}."""
+
+    def __init__(self, name, settings, model):
+        self.name, self.script = name, json.loads(model["script"]).get(name, {})
+        self.version = 1
+
+    async def _act(self, method):
+        match self.script.get(method):
+            case "hang":
+                await asyncio.sleep(1000)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "refuse":
+                raise RequestRefused(f"{self.name}: too long")
+            case "error":
+                raise EngineError(f"{self.name}: torn")
+            case "dead":
+                raise EngineDead(f"{self.name}: core gone")
+            case "stale":
+                raise StaleVersion(f"{self.name}: stale")
+            case "stale once":
+                del self.script[method]
+                await asyncio.sleep(0.5)
+                raise StaleVersion(f"{self.name}: stale")
+
+    async def start(self):
+        await self._act("start")
+        return {"name": self.name, "version": self.version}
+
+    async def stage(self, ticket, expected, deadline_s):
+        await self._act("stage")
+
+    async def commit(self, version):
+        await self._act("commit")
+        self.version = version
+        return {"version": version}
+
+    async def generate_many(self, requests):
+        await self._act("generate")
+        return [[self._rollout(r, r["seed"] + i) for i in range(r["n"])] for r in requests]
+
+    def _rollout(self, request, seed):
+        """Says in its tokens who sampled it, and for whom."""
+        tokens = np.array([int(self.name[-1]), request["tokens"][0], seed], np.int32)
+        versions = np.full(3, request["version"], np.int64)
+        return {
+            "tokens": tokens,
+            "logprobs": np.zeros(3, np.float32),
+            "versions": versions,
+            "finish_reason": "length",
+            "seed": seed,
+        }
+
+    async def shutdown(self):
+        pass
+
+
+@pytest.fixture
+def scripted(ray_cluster, engine_settings, monkeypatch):
+    """make(engines, script, **settings): a fleet of scripted engines, ready and serving."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    monkeypatch.setattr(fleet_module, "VllmEngine", ScriptedEngine)
+    monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
+    fleets = []
+
+    def make(engines, script, **settings):
+        model = {"script": json.dumps(script).encode()}
+        fleet = Fleet(FleetSettings(engines=engines, **settings), engine_settings, model, [])
+        fleets.append(fleet)
+        fleet.start()
+        fleet.wait_ready()
+        fleet.admit(fleet.alive, 1)
+        return fleet
+
+    yield make
+    for fleet in fleets:
+        fleet.close()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def assert_each_came_back_once(groups, count, n=2):
+    assert [group.prompt.id for group in groups] == [100 + i for i in range(count)]
+    for index, group in enumerate(groups):
+        assert [r.seed for r in group.rollouts] == [1000 * index + i for i in range(n)]
+
+
+def generate(fleet, count):
+    return fleet.generate(prompts(count), SAMPLING, [1000 * i for i in range(count)])
+
+
+def test_groups_come_back_in_order_and_the_work_is_shared(scripted):
+    groups = generate(scripted(2, {}), 10)
+    assert_each_came_back_once(groups, 10)
+    engines = [{int(r.tokens[0]) for r in group.rollouts} for group in groups]
+    assert all(len(engine) == 1 for engine in engines)  # siblings together
+    assert sorted(engine.pop() for engine in engines) == [0] * 5 + [1] * 5
+    assert [int(group.rollouts[0].tokens[1]) for group in groups] == list(range(1, 11))
+
+
+def test_no_prompts_are_no_groups(scripted):
+    assert generate(scripted(1, {}), 0) == []
+
+
+@pytest.mark.parametrize("deed", ["die", "hang", "error", "dead", "stale"])
+def test_what_a_failing_engine_had_goes_to_the_others(scripted, deed):
+    fleet = scripted(2, {"engine-1": {"generate": deed}}, request_timeout_s=2.0)
+    groups = generate(fleet, 6)
+    assert_each_came_back_once(groups, 6)
+    assert {int(r.tokens[0]) for group in groups for r in group.rollouts} == {0}
+    assert fleet.serving == fleet.alive == ["engine-0"]
+    assert "sampling 3 prompts" in fleet.failures["engine-1"]
+    assert_each_came_back_once(generate(fleet, 6), 6)
+
+
+def test_when_none_is_left_the_error_says_why(scripted):
+    script = {"engine-0": {"generate": "die"}, "engine-1": {"generate": "dead"}}
+    fleet = scripted(2, script)
+    with pytest.raises(FleetError, match=r"no engine is left.*engine-0 died.*core gone.*logs/"):
+        generate(fleet, 4)
+
+
+def test_a_request_at_fault_costs_no_engine(scripted):
+    fleet = scripted(2, {"engine-0": {"generate": "refuse"}})
+    with pytest.raises(FleetError, match="engine-0: too long"):
+        generate(fleet, 4)
+    assert fleet.serving == ["engine-0", "engine-1"]
+
+
+def test_a_request_that_crosses_an_update_is_sent_again(scripted):
+    fleet = scripted(1, {"engine-0": {"generate": "stale once"}})
+    found = []
+    sampler = threading.Thread(target=lambda: found.extend(generate(fleet, 2)))
+    sampler.start()
+    time.sleep(0.2)
+    assert fleet.commit(2) == {"engine-0": {"version": 2}}
+    fleet.admit(["engine-0"], 2)
+    sampler.join(20)
+    assert_each_came_back_once(found, 2)
+    assert {int(v) for group in found for r in group.rollouts for v in r.versions} == {2}
+    assert fleet.failures == {}
+
+
+def test_a_refused_version_is_a_value_and_the_engine_stays(scripted):
+    fleet = scripted(2, {"engine-1": {"stage": "error"}})
+    outcomes = fleet.stage(TICKET)
+    assert outcomes["engine-0"] is None and str(outcomes["engine-1"]) == "engine-1: torn"
+    assert fleet.alive == fleet.serving == ["engine-0", "engine-1"]
+
+
+def test_an_engine_without_the_version_cannot_be_admitted(scripted):
+    fleet = scripted(2, {"engine-1": {"commit": "error"}})
+    outcomes = fleet.commit(2)
+    assert outcomes["engine-0"] == {"version": 2}
+    assert isinstance(outcomes["engine-1"], FleetError)
+    with pytest.raises(FleetError, match="engine-1 cannot be admitted at weight version 2"):
+        fleet.admit(fleet.alive, 2)
+    fleet.admit(["engine-0"], 2)
+    assert {int(r.tokens[0]) for g in generate(fleet, 4) for r in g.rollouts} == {0}
+
+
+@pytest.mark.parametrize("deed", ["hang", "die", "dead"])
+def test_an_engine_lost_in_an_update_is_out(scripted, deed):
+    fleet = scripted(2, {"engine-1": {"commit": deed}}, update_timeout_s=2.0)
+    assert isinstance(fleet.commit(2)["engine-1"], FleetError)
+    assert fleet.alive == ["engine-0"] and "commit" in fleet.failures["engine-1"]
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason"), [("die", "died"), ("hang", "deadline"), ("dead", "core gone")]
+)
+def test_an_engine_that_does_not_start_is_named(scripted, deed, reason):
+    with pytest.raises(FleetError, match=f"engine-1 .*{reason}") as failure:
+        scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=8.0)
+    assert "engine-0" not in str(failure.value)
+
+
+def descendants(pid):
+    return psutil.Process(pid).children(recursive=True)
+
+
+def assert_gone(processes, within_s=10.0):
+    _, alive = psutil.wait_procs(processes, timeout=within_s)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive
+
+
+@pytest.fixture(scope="module")
+def real(ray_cluster, tiny, engine_settings):
+    """Two vLLM engines that serve `tiny` as version 3, and what they say of themselves."""
+    pytest.importorskip("vllm")
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    fleet = Fleet(FleetSettings(engines=2), engine_settings, tiny.files(), tiny.expected())
+    fleet.start()
+    infos = fleet.wait_ready()
+    channel = ObjectStoreChannel()
+    ticket = channel.publish(*packed(tiny, 3))
+    assert fleet.stage(ticket) == {"engine-0": None, "engine-1": None}
+    assert {ack["digest"] for ack in fleet.commit(3).values()} == {ticket.digest}
+    fleet.admit(fleet.alive, 3)
+    yield fleet, infos
+    children = [
+        child for i in infos if psutil.pid_exists(i["pid"]) for child in descendants(i["pid"])
+    ]
+    fleet.close()
+    channel.close()
+    assert_gone(children)
+
+
+def test_a_killed_engine_costs_no_group_and_leaves_no_process(real, tiny):
+    fleet, infos = real
+    sampling = Sampling(n=4, max_new_tokens=400, temperature=1.0, stop_tokens=())
+    questions = prompts(16)
+    victim = infos[0]["pid"]
+    children = descendants(victim)
+    assert children  # vLLM's engine core
+    threading.Timer(0.7, os.kill, (victim, signal.SIGKILL)).start()
+    groups = fleet.generate(questions, sampling, [1000 * i for i in range(16)])
+    assert fleet.failures.keys() == {"engine-0"}
+    assert fleet.failures["engine-0"].startswith("engine-0 died: sampling 8 prompts. ")
+    assert_each_came_back_once(groups, 16, n=4)
+    for group in groups:
+        for rollout in group.rollouts:
+            assert set(rollout.versions.tolist()) == {3} and len(rollout.tokens) == 400
+    # What the survivor took over is what it was asked, and not some other prompt's.
+    tokens = [*groups[0].prompt.tokens, *groups[0].rollouts[0].tokens.tolist()]
+    rows = tiny.logprobs(tokens)[len(groups[0].prompt.tokens) - 1 : -1]
+    expected = rows[np.arange(400), groups[0].rollouts[0].tokens]
+    np.testing.assert_allclose(groups[0].rollouts[0].logprobs, expected, atol=1e-3)
+    assert_gone(children)
+
+
+def test_an_engine_whose_core_is_killed_is_found_out(real):
+    fleet, infos = real
+    for child in descendants(infos[1]["pid"]):
+        child.kill()
+    with pytest.raises(FleetError, match=r"no engine is left.*engine-0 died.*engine-1 failed"):
+        fleet.generate(prompts(2), SAMPLING, [0, 1])
+    assert fleet.alive == [] and fleet.score([1, 2]) == {}
+
+
+def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engine_settings):
+    pytest.importorskip("vllm")
+    config = json.loads(tiny.files()["config.json"]) | {"architectures": ["NoSuchModel"]}
+    files = {"config.json": json.dumps(config).encode()}
+    fleet = Fleet(FleetSettings(engines=1), engine_settings, files, [])
+    fleet.start()
+    try:
+        with pytest.raises(FleetError, match=r"engine-0 .*could not start.*NoSuchModel") as refusal:
+            fleet.wait_ready()
+    finally:
+        fleet.close()
+    assert "\n" not in str(refusal.value)

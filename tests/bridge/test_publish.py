@@ -1,0 +1,130 @@
+"""What is served is what was trained: real params on a mesh, real channels, real engines."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bridge.channels.object_store import ObjectStoreChannel
+from bridge.channels.shuttle import ShuttleChannel
+from bridge.checkpoints import model_files, save_model
+from bridge.export import make_exporter
+from bridge.fleet import Fleet, FleetSettings
+from bridge.names import expected_tensors
+from bridge.publisher import Publisher
+from jaxrl.config import MeshSection
+from jaxrl.mesh import make_mesh, param_shardings
+from jaxrl.models.config import load_config
+from jaxrl.models.decoder import Policy, init_params
+from jaxrl.models.params import param_specs
+from jaxrl.sampler import make_score
+from jaxrl.types import Prompt, Sampling
+
+PROBES = [[5, 9, 100, 3, 3, 64, 1], [0] * 12, list(range(20, 60))]
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "eos_token_id": 7,
+    "dtype": "float32",
+}
+
+
+def random_params(decoder, specs, seed):
+    """Sharded over a real mesh, and wide enough that two seeds are whole nats apart."""
+    shardings = param_shardings(specs, make_mesh(MeshSection(data=2, fsdp=2, tensor=2)))
+    params = jax.tree.map(lambda x: jnp.where(x == 1.0, x, 8 * x), init_params(decoder, seed))
+    return jax.tree.map(jax.device_put, params, shardings)
+
+
+def ready(settings, model, expected) -> Fleet:
+    fleet = Fleet(
+        FleetSettings(engines=1, cpus_per_engine=1, gpus_per_engine=0, start_timeout_s=240),
+        settings,
+        model,
+        expected,
+    )
+    fleet.start()
+    return fleet
+
+
+def scores(fleet: Fleet) -> list[np.ndarray]:
+    return [next(iter(fleet.score(probe).values())) for probe in PROBES]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_directory(
+    tied, dtype, tmp_path, ray_cluster, engine_settings
+):
+    source, exported = tmp_path / "source", tmp_path / "exported"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": tied}))
+    decoder = load_config(source)
+    specs = param_specs(decoder)
+    a, b = (random_params(decoder, specs, jax.random.key(seed)) for seed in (0, 1))
+    export, score = make_exporter(specs, dtype), make_score(Policy(decoder, jnp.float32))
+    save_model(export(a), source, exported)
+
+    expected = expected_tensors(specs, dtype)
+    settings = dataclasses.replace(engine_settings, dtype=dtype)
+    running = ready(settings, model_files(source), expected)
+    fresh = ready(dataclasses.replace(settings, load_format="auto"), str(exported), expected)
+    warnings = []
+    try:
+        running.wait_ready()
+        fresh.wait_ready()
+        of_fresh = scores(fresh)
+
+        def publisher(channel):
+            return Publisher(
+                export,
+                channel,
+                running,
+                score,
+                probe=PROBES[0],
+                probe_tolerance=1e-4 if dtype == "float32" else 1.0,
+                bucket_bytes=1 << 16,
+                warn=warnings.append,
+            )
+
+        store = publisher(ObjectStoreChannel(keep_versions=2))
+        shuttle = publisher(ShuttleChannel(tmp_path / "weights", keep_versions=2))
+        plan = [(store, a, 3), (store, b, 4), (shuttle, a, 5), (shuttle, b, 8), (store, a, 9)]
+        for through, params, version in plan:
+            report = through.publish(params, version)
+            assert (report.version, report.engines) == (version, 1)
+            served = scores(running)
+            if params is a:
+                for ours, theirs in zip(served, of_fresh, strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+            else:  # and the publishes between really changed what is served
+                assert max(np.abs(o - t).max() for o, t in zip(served, of_fresh, strict=True)) > 0.5
+            if dtype == "float32":
+                for probe, ours in zip(PROBES, served, strict=True):
+                    np.testing.assert_allclose(ours, score(params, probe), atol=1e-4)
+        assert not warnings
+
+        prompt = Prompt(0, "", tuple(PROBES[0]), {})
+        (group,) = running.generate([prompt], Sampling(2, 6, 1.0, (7,)), [11])
+        for rollout in group.rollouts:
+            assert set(rollout.versions.tolist()) == {9}
+            if dtype == "float32":
+                whole = [*prompt.tokens, *rollout.tokens.tolist()]
+                trainer = score(a, whole)[len(prompt.tokens) :]
+                np.testing.assert_allclose(rollout.logprobs, trainer, atol=1e-4)
+    finally:
+        running.close()
+        fresh.close()

@@ -1,0 +1,61 @@
+"""What a step reports is what happened in it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxrl import measure
+from jaxrl.measure import Clock, describe_rewards, describe_rollouts
+from jaxrl.types import Group, Prompt, Rollout
+
+
+def group(prompt_tokens: int, *completions: tuple[int, str]) -> Group:
+    """Completions as (length, finish reason)."""
+    rollouts = tuple(
+        Rollout(np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int64), reason, i)
+        for i, (n, reason) in enumerate(completions)
+    )
+    return Group(Prompt(0, "", (1,) * prompt_tokens, {}), rollouts)
+
+
+def test_rewards_are_described_by_the_known_ones():
+    rewards_PG = np.array([[1.0, 0.0, math.nan], [0.5, 0.5, 0.5]], np.float32)
+    weights_PG = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    found = describe_rewards(rewards_PG, weights_PG)
+    known = [1.0, 0.0, 0.5, 0.5, 0.5]
+    deviation = math.sqrt(sum((r - 0.5) ** 2 for r in known) / 5)
+    assert found == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": deviation,
+            "reward/unknown": 1.0,
+            "reward/fraction_groups_trained": 0.5,
+        }
+    )
+
+
+def test_no_known_reward_has_no_mean():
+    found = describe_rewards(np.full((1, 2), math.nan), np.zeros((1, 2)))
+    assert math.isnan(found["reward/mean"]) and math.isnan(found["reward/std"])
+    assert found["reward/unknown"] == 2.0 and found["reward/fraction_groups_trained"] == 0.0
+
+
+def test_rollouts_are_described_by_their_lengths_ends_and_speed():
+    groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
+    assert describe_rollouts(groups, rollout_s=2.0, update_s=4.0) == {
+        "completion/mean_tokens": 4.0,
+        "completion/max_tokens": 8.0,
+        "completion/truncated": 0.25,
+        "tokens_per_s/rollout": 8.0,
+        "tokens_per_s/train": (16 + 2 * 10 + 2 * 20) / 4.0,
+    }
+
+
+def test_laps_of_a_clock_share_out_the_step(monkeypatch):
+    now = iter([100.0, 101.0, 103.5, 103.75])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    clock = Clock()
+    clock.lap("rollout")
+    clock.lap("update")
+    assert clock.metrics() == {"time/rollout_s": 1.0, "time/update_s": 2.5, "time/step_s": 3.75}

@@ -1,0 +1,113 @@
+"""The table of axes decides how every parameter lies on the mesh."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.config import MeshSection
+from jaxrl.mesh import RULES, batch_sharding, make_mesh, param_shardings
+from jaxrl.models.config import DecoderConfig
+from jaxrl.models.params import param_specs
+from jaxrl.types import UserError
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied_embeddings=False,
+    max_positions=64,
+    eos_token_ids=(),
+)
+
+
+def shard_shapes(config, **axes):
+    """'layers/mlp/up' -> shape of one device's part."""
+    specs = param_specs(config)
+    shardings = param_shardings(specs, make_mesh(MeshSection(**axes)))
+    flat, _ = jax.tree_util.tree_flatten_with_path(shardings)
+    return {
+        "/".join(key.key for key in path): sharding.shard_shape(
+            specs[tuple(key.key for key in path)].shape
+        )
+        for path, sharding in flat
+    }
+
+
+def test_every_parameter_is_split_over_fsdp_and_tensor_only():
+    assert shard_shapes(CONFIG, data=2, fsdp=2, tensor=2) == {
+        "embed": (32, 16),
+        "layers/attention_norm/scale": (3, 16),
+        "layers/attention/query": (3, 16, 2, 16),
+        "layers/attention/key": (3, 16, 1, 16),
+        "layers/attention/value": (3, 16, 1, 16),
+        "layers/attention/output": (3, 2, 16, 16),
+        "layers/attention/query_norm": (3, 16),
+        "layers/attention/key_norm": (3, 16),
+        "layers/mlp_norm/scale": (3, 16),
+        "layers/mlp/gate": (3, 16, 24),
+        "layers/mlp/up": (3, 16, 24),
+        "layers/mlp/down": (3, 24, 16),
+        "final_norm/scale": (16,),
+        "lm_head": (16, 32),
+    }
+
+
+def test_on_one_device_nothing_is_split():
+    specs = param_specs(CONFIG)
+    assert shard_shapes(CONFIG) == {"/".join(path): spec.shape for path, spec in specs.items()}
+
+
+@pytest.mark.parametrize(
+    ("axes", "part"),
+    [({"data": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"tensor": 8}, 8), ({}, 8)],
+)
+def test_rows_of_a_batch_are_split_over_data_and_fsdp(axes, part):
+    mesh = make_mesh(MeshSection(**axes))
+    for shape in ((8,), (8, 5), (8, 5, 3)):
+        assert batch_sharding(mesh, len(shape)).shard_shape(shape) == (part, *shape[1:])
+
+
+def test_a_mesh_takes_the_first_devices_in_order():
+    mesh = make_mesh(MeshSection(data=2, tensor=2))
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == (2, 1, 2)
+    assert set(mesh.devices.ravel()) == set(jax.devices()[:4])
+    x = jax.device_put(np.arange(8), jax.NamedSharding(mesh, P("data")))
+    assert np.array_equal(jax.jit(lambda x: x + 1)(x), np.arange(1, 9))
+
+
+def test_too_few_devices_is_an_error_that_says_how_many_there_are():
+    with pytest.raises(UserError, match=r"2 \* 3 \* 2 = 12 devices, and jax sees 8 \(cpu\)"):
+        make_mesh(MeshSection(data=2, fsdp=3, tensor=2))
+
+
+def test_dimensions_that_cannot_be_split_are_reported_all_together():
+    odd = dataclasses.replace(CONFIG, vocab_size=63, num_kv_heads=1, hidden_size=31)
+    with pytest.raises(UserError) as error:
+        shard_shapes(odd, fsdp=2, tensor=2)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert "embed (63, 31): vocab = 63 cannot be split over mesh.tensor = 2" in lines
+    assert "embed (63, 31): embed = 31 cannot be split over mesh.fsdp = 2" in lines
+    assert (
+        "layers/attention/key (3, 31, 1, 16): kv_heads = 1 cannot be split over mesh.tensor = 2"
+        in lines
+    )
+    assert len(lines) == 16  # 2 vocab, 2 kv_heads, 12 embed
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_axis_of_every_parameter_has_a_rule_and_a_size(tied):
+    for path, spec in param_specs(dataclasses.replace(CONFIG, tied_embeddings=tied)).items():
+        assert len(spec.axes) == len(spec.shape), path
+        assert set(spec.axes) <= RULES.keys(), path
+        used = [RULES[axis] for axis in spec.axes if RULES[axis]]
+        assert len(used) == len(set(used)), f"{path}: two dimensions on one mesh axis"

@@ -1,0 +1,262 @@
+"""An engine serves a version only after it has proved that it holds it."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from bridge.channels import ChannelError, Ticket
+from bridge.publisher import Publisher, PublishError
+from bridge.wire import HostTensor, tensor_bytes, verify
+from jaxrl.types import RunError
+
+PROBE = (5, 6, 7)
+TOLERANCE = 1e-3
+
+
+class Failure(Exception):
+    """What a fleet returns for an engine that failed."""
+
+
+@dataclasses.dataclass
+class FakeEngine:
+    """A state machine: empty -> staged -> serving. Each fault is one thing that goes wrong."""
+
+    fault: str = ""
+    error: float = 0.0
+    staged: tuple | None = None
+    weights: np.ndarray | None = None
+
+    def stage(self, channel, ticket):
+        if self.fault == "stage":
+            raise Failure("disk full")
+        self.staged = channel.read(ticket)
+
+    def commit(self, version):
+        if self.staged is None:
+            raise Failure(f"nothing is staged for version {version}")
+        if self.fault == "commit":
+            raise Failure("out of memory")
+        (staged, digest, weights), self.staged = self.staged, None
+        self.weights = weights
+        return {
+            "version": staged - 1 if self.fault == "version" else staged,
+            "digest": "0" * 64 if self.fault == "digest" else digest,
+        }
+
+    def score(self, tokens):
+        if self.fault == "score":
+            raise Failure("died while scoring")
+        if self.weights is None:
+            raise Failure("has no weights yet")
+        logprobs = model(self.weights, tokens) + np.float32(self.error)
+        return logprobs[:-1] if self.fault == "short" else logprobs
+
+
+class FakeChannel:
+    """Versions in memory."""
+
+    def __init__(self):
+        self.versions = {}
+
+    def publish(self, manifest, buckets):
+        if manifest.version in self.versions:
+            raise ChannelError(f"version {manifest.version} exists")
+        self.versions[manifest.version] = (manifest, buckets)
+        return Ticket("fake", manifest.version, manifest.digest, "memory")
+
+    def read(self, ticket):
+        manifest, buckets = self.versions[ticket.version]
+        verify(manifest, buckets)
+        weights = tensor_bytes(manifest.tensors[0], buckets).view(np.float32)
+        return manifest.version, manifest.digest, weights
+
+
+class FakeFleet:
+    """Engines by name, and a record of what was asked of them, in order."""
+
+    def __init__(self, channel, **engines):
+        self.channel, self.engines = channel, engines
+        self.asked, self.serving = [], {}
+        self.silent = set()  # engines that are gone when the probe is sent
+
+    def _ask(self, name, call):
+        self.asked.append(name)
+        outcomes = {}
+        for engine_name, engine in self.engines.items():
+            if name == "score" and engine_name in self.silent:
+                continue
+            try:
+                outcomes[engine_name] = call(engine)
+            except Failure as failure:
+                outcomes[engine_name] = failure
+        return outcomes
+
+    def stage(self, ticket):
+        return self._ask("stage", lambda engine: engine.stage(self.channel, ticket))
+
+    def commit(self, version):
+        return self._ask("commit", lambda engine: engine.commit(version))
+
+    def score(self, tokens):
+        assert list(tokens) == list(PROBE)
+        return self._ask("score", lambda engine: engine.score(tokens))
+
+    def admit(self, names, version):
+        self.asked.append("admit")
+        self.serving = dict.fromkeys(names, version)
+
+
+def model(weights, tokens):
+    """Stands for the policy: log-probs that depend on the weights."""
+    return np.array([0.0, *(-weights[t % len(weights)] for t in tokens[1:])], np.float32)
+
+
+def export(params):
+    return [HostTensor("w", "float32", params.shape, params.view(np.uint8).reshape(-1).copy())]
+
+
+def make(**engines):
+    """(publisher, fleet, warnings)."""
+    channel = FakeChannel()
+    fleet = FakeFleet(channel, **engines)
+    warnings = []
+    publisher = Publisher(
+        export,
+        channel,
+        fleet,
+        model,
+        probe=PROBE,
+        probe_tolerance=TOLERANCE,
+        bucket_bytes=1 << 20,
+        warn=warnings.append,
+    )
+    return publisher, fleet, warnings
+
+
+def params(seed=0):
+    return np.random.default_rng(seed).uniform(0.5, 2.0, 4).astype(np.float32)
+
+
+# What is wrong with an engine -> what the report says of it.
+FAULTS = {
+    "stage": (FakeEngine("stage"), "disk full"),
+    "commit": (FakeEngine("commit"), "out of memory"),
+    "version": (FakeEngine("version"), "acknowledged version 6 .* published was 7"),
+    "digest": (FakeEngine("digest"), "with digest 0000"),
+    "score": (FakeEngine("score"), "died while scoring"),
+    "short": (FakeEngine("short"), "no log-prob for each token"),
+    "difference": (FakeEngine(error=2 * TOLERANCE), r"differ from the trainer's by 0\.002 nats"),
+    "negative": (FakeEngine(error=-2 * TOLERANCE), r"differ from the trainer's by 0\.002 nats"),
+    "nan": (FakeEngine(error=np.nan), "differ from the trainer's by nan nats"),
+    "inf": (FakeEngine(error=-np.inf), "differ from the trainer's by inf nats"),
+}
+
+
+def faulty(name):
+    engine, said = FAULTS[name]
+    return dataclasses.replace(engine), said
+
+
+def test_engines_that_prove_the_version_serve_it():
+    publisher, fleet, warnings = make(a=FakeEngine(), b=FakeEngine(error=0.5 * TOLERANCE))
+    report = publisher.publish(params(), 7)
+    assert fleet.asked == ["stage", "commit", "score", "admit"]
+    assert fleet.serving == {"a": 7, "b": 7} and not warnings
+    assert (report.version, report.engines, report.bytes) == (7, 2, 16)
+    assert report.digest == fleet.channel.versions[7][0].digest
+    assert report.probe_max_abs_dlogp == pytest.approx(0.5 * TOLERANCE, rel=1e-3)
+    np.testing.assert_array_equal(fleet.engines["a"].weights, params())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_engine_that_fails_is_left_out_and_named_and_the_other_serves(fault):
+    engine, said = faulty(fault)
+    publisher, fleet, warnings = make(good=FakeEngine(error=1e-5), bad=engine)
+    report = publisher.publish(params(), 7)
+    assert fleet.serving == {"good": 7}
+    assert (report.engines, report.version) == (1, 7)
+    assert report.probe_max_abs_dlogp == pytest.approx(1e-5, rel=0.05)  # of those that serve
+    assert len(warnings) == 1 and re.search(f"version 7.* bad: .*{said}", warnings[0])
+    assert "good" not in warnings[0]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_when_every_engine_fails_nothing_serves_and_each_is_named(fault):
+    one, said = faulty(fault)
+    other, _ = faulty(fault)
+    publisher, fleet, warnings = make(one=one, other=other)
+    with pytest.raises(PublishError) as error:
+        publisher.publish(params(), 7)
+    assert re.search(f"version 7: .*one: .*{said}.*; other: .*{said}", str(error.value))
+    assert "admit" not in fleet.asked and not fleet.serving and not warnings
+    assert isinstance(error.value, RunError)
+
+
+def test_engines_that_fail_in_different_ways_are_all_named():
+    engines = {fault: faulty(fault)[0] for fault in FAULTS}
+    publisher, fleet, _ = make(**engines)
+    with pytest.raises(PublishError) as error:
+        publisher.publish(params(), 7)
+    for fault, (_, said) in FAULTS.items():
+        assert re.search(f"{fault}: [^;]*{said}", str(error.value))
+    assert not fleet.serving
+
+
+def test_an_engine_that_is_gone_when_the_probe_is_sent_does_not_serve():
+    publisher, fleet, warnings = make(good=FakeEngine(), gone=FakeEngine())
+    fleet.silent = {"gone"}
+    publisher.publish(params(), 7)
+    assert fleet.serving == {"good": 7} and "gone: " in warnings[0]
+
+
+def test_the_first_thing_that_went_wrong_is_what_is_said():
+    """An engine that could not stage cannot commit either; the cause is the former."""
+    publisher, _, warnings = make(good=FakeEngine(), bad=FakeEngine("stage"))
+    publisher.publish(params(), 7)
+    assert "bad: disk full" in warnings[0] and "nothing is staged" not in warnings[0]
+
+
+def test_an_engine_left_with_old_weights_is_found_by_the_probe():
+    """It acknowledges the right version and digest, and serves something else."""
+
+    class Stubborn(FakeEngine):
+        def commit(self, version):
+            kept = self.weights
+            answer = super().commit(version)
+            self.weights = self.weights if kept is None else kept
+            return answer
+
+    publisher, fleet, warnings = make(good=FakeEngine(), bad=Stubborn())
+    publisher.publish(params(0), 0)
+    assert fleet.serving == {"good": 0, "bad": 0}
+    publisher.publish(params(1), 1)
+    assert fleet.serving == {"good": 1} and "bad: its log-probs" in warnings[0]
+
+
+def test_an_engine_that_failed_once_may_serve_the_next_version():
+    publisher, fleet, _ = make(good=FakeEngine(), bad=FakeEngine("stage"))
+    publisher.publish(params(0), 0)
+    assert fleet.serving == {"good": 0}
+    fleet.engines["bad"].fault = ""
+    publisher.publish(params(1), 1)
+    assert fleet.serving == {"good": 1, "bad": 1}
+
+
+def test_a_channel_that_cannot_carry_the_version_asks_nothing_of_the_engines():
+    publisher, fleet, _ = make(a=FakeEngine())
+    publisher.publish(params(), 3)
+    fleet.asked.clear()
+    with pytest.raises(ChannelError, match="version 3 exists"):
+        publisher.publish(params(), 3)
+    assert not fleet.asked and fleet.serving == {"a": 3}
+
+
+def test_what_was_published_does_not_change_when_the_parameters_do():
+    publisher, fleet, _ = make(a=FakeEngine())
+    mine = params()
+    publisher.publish(mine, 0)
+    mine[:] = -1.0
+    np.testing.assert_array_equal(fleet.engines["a"].weights, params())
+    verify(*fleet.channel.versions[0])
