@@ -59,8 +59,16 @@ def test_a_new_run_has_its_directories_and_its_config(tmp_path):
         }
 
 
-def test_a_directory_that_holds_a_run_is_refused_with_three_ways_out(tmp_path):
+def test_a_start_that_reached_no_step_is_started_anew(tmp_path):
     start(tmp_path / "a")
+    with open_run(tmp_path / "a", text(run__steps=30), resume=False) as run:
+        assert run.config_file.read_text() == text(run__steps=30)
+
+
+@pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints/step_00000002"])
+def test_a_directory_that_holds_a_run_is_refused_with_three_ways_out(tmp_path, begun):
+    start(tmp_path / "a")
+    (tmp_path / "a" / begun).write_text("")
     with pytest.raises(RunDirError) as error:
         open_run(tmp_path / "a", text(run__steps=30), resume=False)
     for way_out in ("--resume", "--run.name", f"remove {tmp_path / 'a'}"):
