@@ -89,7 +89,7 @@ class Fleet:
         )
         for index in range(self._settings.engines):
             name = f"engine-{index}"
-            actor = actor_class.remote(name, self._engine_settings, self._model)
+            actor: Any = actor_class.remote(name, self._engine_settings, self._model)
             self._roster.add(Engine(name, actor, actor.start.remote()))
 
     def _connect(self) -> None:

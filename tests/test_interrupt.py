@@ -1,6 +1,5 @@
 """The first signal asks, the second one ends."""
 
-import os
 import signal
 
 import pytest
@@ -12,12 +11,11 @@ from jaxrl.interrupt import Interrupt
 def test_the_first_signal_is_noted_and_the_second_ends_at_once(number, capsys):
     with Interrupt().listening() as interrupt:
         assert interrupt.signal is None
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interrupt.signal == number
         assert "ending after this step" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            signal.sigtimedwait([], 1)  # the handler runs before this returns
+            signal.raise_signal(number)
 
 
 def test_handlers_are_put_back_even_after_an_error():
@@ -30,5 +28,5 @@ def test_handlers_are_put_back_even_after_an_error():
 
 def test_a_signal_to_one_run_is_unknown_to_the_next():
     with Interrupt().listening():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert Interrupt().signal is None

@@ -10,6 +10,7 @@ handed out by a small actor, the shelf, and a ticket says where the shelf is.
 """
 
 import json
+import logging
 import uuid
 from typing import Any
 
@@ -22,7 +23,6 @@ from bridge.wire import Manifest
 
 NAME = "object_store"
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
-_QUIET = "error"
 
 
 class Shelf:
@@ -133,7 +133,7 @@ def _join(gcs: str) -> None:
     """Joins the cluster of the ticket, where this process is not in one: vLLM's child process."""
     if ray.is_initialized():
         return
-    ray.init(address=gcs, log_to_driver=False, logging_level=_QUIET, configure_logging=False)
+    ray.init(address=gcs, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
 
 
 def _wait(ref: Any) -> Any:

@@ -145,7 +145,7 @@ def _write_version(directory: Path, manifest: Manifest, buckets: list[np.ndarray
     for index, bucket in enumerate(buckets):
         header = _padded(json.dumps(_header(manifest, index), separators=(",", ":")).encode())
         prefix = len(header).to_bytes(8, "little")
-        _write(directory / _file_name(index, count), prefix, header, memoryview(bucket))
+        _write(directory / _file_name(index, count), prefix, header, bucket.data)
     weight_map = {entry.name: _file_name(entry.bucket, count) for entry in manifest.tensors}
     listing = {"metadata": {"total_size": manifest.nbytes}, "weight_map": weight_map}
     _write(directory / "model.safetensors.index.json", json.dumps(listing).encode())

@@ -143,6 +143,7 @@ class VllmEngine:
             # vLLM's CPU workers need to be told their cores when there are several of them.
             cores = [str(rank) for rank in range(settings.tensor_parallel)]
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+        dtype: Any = settings.dtype  # vLLM checks it, and says what it may be
         optional = {
             "kv_cache_memory_bytes": settings.kv_cache_bytes,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -151,7 +152,7 @@ class VllmEngine:
             model=self._model_directory(),
             skip_tokenizer_init=True,
             generation_config="vllm",  # no sampling setting is taken from the model's files
-            dtype=settings.dtype,
+            dtype=dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             tensor_parallel_size=settings.tensor_parallel,

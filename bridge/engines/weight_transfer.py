@@ -158,10 +158,11 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         if staged is None:
             return
         started = time.perf_counter()
-        wanted = _parameters(self.model)
-        initialize_layerwise_reload(self.model)
-        wanted &= _parameters(self.model)  # not a tied head, nor what only exists once processed
-        loaded = self.model.load_weights(iter(staged.tensors))
+        model: Any = self.model  # vLLM's models load themselves; torch's type does not say so
+        wanted = _parameters(model)
+        initialize_layerwise_reload(model)
+        wanted &= _parameters(model)  # not a tied head, nor what only exists once processed
+        loaded = model.load_weights(iter(staged.tensors))
         # Some models do not say what they loaded.
         missing = sorted(wanted - loaded) if loaded is not None else []
         if missing:
@@ -169,8 +170,8 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
                 f"weight version {staged.version}: the model has {len(missing)} parameters that "
                 f"nothing was loaded into: {_list(missing)}"
             )
-        finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_embeddings(self.model)
+        finalize_layerwise_reload(model, self.model_config)
+        _repack_tied_embeddings(model)
         self.loaded = {
             "version": staged.version,
             "digest": staged.digest,
@@ -264,6 +265,7 @@ def _repack_tied_embeddings(model: torch.nn.Module) -> None:
     """
     if not current_platform.is_cpu():
         return
+    module: Any
     for module in model.modules():
         packed, weight = getattr(module, "cpu_linear", None), getattr(module, "weight", None)
         if packed is not None and weight is not None and weight.numel() > 0:
