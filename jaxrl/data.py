@@ -160,7 +160,7 @@ def _open_task(c: DataSection, seed: int) -> tuple[Source, Source, int]:
             if epoch not in datasets:
                 datasets.clear()
                 datasets[epoch] = reasoning_gym.create_dataset(
-                    c.task, seed=first_seed + epoch * EPOCH, size=EPOCH, **c.task_args
+                    c.task or "", seed=first_seed + epoch * EPOCH, size=EPOCH, **c.task_args
                 )
             entry = datasets[epoch][place]
             return entry["question"], entry
@@ -187,9 +187,16 @@ def _open_jsonl(c: DataSection, seed: int) -> tuple[Source, Source, int]:
         )
     return (
         _shuffled(train, seed),
-        lambda i: held_out[i % len(held_out)],
+        _in_order(held_out),
         min(c.held_out, len({text for text, _ in held_out})),
     )
+
+
+def _in_order(rows: list[tuple[str, Mapping[str, Any]]]) -> Source:
+    def at(index: int) -> tuple[str, Mapping[str, Any]]:
+        return rows[index % len(rows)]
+
+    return at
 
 
 def _shuffled(rows: list[tuple[str, Mapping[str, Any]]], seed: int) -> Source:

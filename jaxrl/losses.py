@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.types import TrainBatch
+
+Array = jax.Array | np.ndarray
 
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond any clip, far from float32's overflow
 
 
 def token_logprobs(
-    logits_BTV: jax.Array, tokens_BT: jax.Array, temperature: float
+    logits_BTV: Array, tokens_BT: Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each token given its prefix, and the entropy it was drawn with.
 
@@ -27,8 +30,8 @@ def token_logprobs(
 
 
 def grpo_loss(
-    logprobs_BT: jax.Array,
-    proximal_logprobs_BT: jax.Array,
+    logprobs_BT: Array,
+    proximal_logprobs_BT: Array,
     batch: TrainBatch,
     *,
     clip_low: float,
@@ -71,10 +74,10 @@ def grpo_loss(
     tokens = jnp.maximum(mask_BT.sum(), 1.0)  # a batch with nothing to train has zero loss
     advantages_B1 = batch.advantages_B[:, None]
 
-    def mean(x_BT: jax.Array) -> jax.Array:
+    def mean(x_BT: Array) -> jax.Array:
         return jnp.where(trained_BT, x_BT, 0.0).sum() / tokens
 
-    def ratio(new_BT: jax.Array, old_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def ratio(new_BT: Array, old_BT: Array) -> tuple[jax.Array, jax.Array]:
         # Selected before exp: an infinity in the branch not taken would still poison the gradient.
         log_BT = jnp.where(trained_BT, new_BT - old_BT, 0.0)
         return log_BT, jnp.exp(jnp.clip(log_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO))

@@ -82,9 +82,10 @@ class InProcessEngine:
             sampling.max_new_tokens,
             sampling.stop_tokens,
         )
+        tokens_BN, logprobs_BN = map(np.asarray, drawn)
         rollouts = [
-            self._rollout(*row, sampling, seed)
-            for *row, (_, seed) in zip(*map(np.asarray, drawn), rows, strict=True)
+            self._rollout(tokens_BN[b], logprobs_BN[b], sampling, seed)
+            for b, (_, seed) in enumerate(rows)
         ]
         n = sampling.n
         return [
@@ -109,9 +110,9 @@ class InProcessEngine:
 
 
 class _Draw(NamedTuple):
-    """State of the decoding loop, after `count` new tokens of every row."""
+    """State of the decoding loop, after `step` new tokens of every row."""
 
-    count: jax.Array
+    step: jax.Array
     logits_BV: jax.Array
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
@@ -148,7 +149,7 @@ def _sample(
     last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
     def step(draw: _Draw) -> _Draw:
-        n = draw.count
+        n = draw.step
         if temperature == 0.0:
             logprobs_BV = jax.nn.log_softmax(draw.logits_BV)
             token_B = jnp.argmax(draw.logits_BV, axis=-1)
@@ -186,6 +187,6 @@ def _sample(
         cache,
     )
     end = jax.lax.while_loop(
-        lambda draw: (draw.count < max_new_tokens) & ~draw.stopped_B.all(), step, start
+        lambda draw: (draw.step < max_new_tokens) & ~draw.stopped_B.all(), step, start
     )
     return end.tokens_BN, end.logprobs_BN

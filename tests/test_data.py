@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from jaxrl import data
 from jaxrl.config import Config
 from jaxrl.data import SKIPS_IN_A_ROW, fingerprint, load_tokenizer, open_data
 from jaxrl.models.config import DecoderConfig
@@ -254,6 +255,14 @@ def test_data_with_nothing_left_to_train_on_is_an_error_and_not_a_loop(tokenizer
     stream, _ = open_data(c, tokenizer)
     with pytest.raises(UserError, match=rf"{SKIPS_IN_A_ROW} prompts in a row .* = 4"):
         stream.take(1)
+
+
+def test_many_skipped_prompts_that_are_not_in_a_row_are_no_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SKIPS_IN_A_ROW", 3)  # two epochs can put two in a row
+    texts = ["a", "b", "toolong", "c"]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": t, "answer": "1"} for t in texts])
+    stream, _ = open_data(make_config(path=path, held_out=0, max_prompt_tokens=3), tokenizer)
+    assert len(stream.take(60)) == 60 and stream.skipped_too_long >= 19
 
 
 def test_too_few_different_prompts_to_hold_out_is_an_error(tokenizer):

@@ -157,6 +157,14 @@ def test_loss_metrics_and_gradient_equal_the_formula_token_by_token(seed, transf
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
 
 
+def test_the_largest_ratio_is_that_of_a_trained_token_though_all_fell():
+    _, _, batch = random_case(0)
+    behavior_BT = batch.behavior_logprobs_BT
+    _, metrics = grpo_loss(behavior_BT - 3.0, behavior_BT - 1.0, batch, **OPTIONS)
+    assert metrics["ratio/max"] == pytest.approx(math.exp(-2.0), rel=1e-5)
+    assert metrics["correction/max"] == pytest.approx(math.exp(-1.0), rel=1e-5)
+
+
 def test_on_policy_gradient_is_reinforce():
     """Where engine and trainer agree the gradient is -A / N on trained tokens, 0 elsewhere."""
     _, _, batch = random_case(0)

@@ -170,9 +170,9 @@ class Bigram:
     def logits(self, params, tokens_BT):
         return params["table"][tokens_BT]
 
-    def learner(self, **algorithm):
-        """(update, state) on one device."""
-        mesh, optimizer = make_mesh(MESHES["one_device"]), make_optimizer(OPTIMIZER)
+    def learner(self, where="one_device", **algorithm):
+        """(update, state), the parameters on every device."""
+        mesh, optimizer = make_mesh(MESHES[where]), make_optimizer(OPTIMIZER)
         update = make_update(self, optimizer, AlgorithmSection(**algorithm), TEMPERATURE, mesh)
         table = jnp.sin(jnp.arange(VOCAB * VOCAB, dtype=jnp.float32)).reshape(VOCAB, VOCAB)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -266,6 +266,19 @@ def test_state_stays_where_it_was_created_and_is_consumed(learner, params, batch
         assert all(leaf.is_deleted() for leaf in large)
 
 
+def test_the_rows_of_a_batch_are_split_over_data_and_fsdp(batches):
+    seen = []
+
+    class Watching(Bigram):
+        def logits(self, params, tokens_BT):
+            jax.debug.inspect_array_sharding(tokens_BT, callback=seen.append)
+            return super().logits(params, tokens_BT)
+
+    update, state = Watching().learner("mesh")
+    update(state, batches[0])
+    assert seen and {sharding.shard_shape((B, T)) for sharding in seen} == {(B // 4, T)}
+
+
 def test_updates_of_one_shape_are_compiled_once(batches, caplog):
     def compiled():
         return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
@@ -284,7 +297,7 @@ def test_updates_of_one_shape_are_compiled_once(batches, caplog):
 # --- updates that must not happen ---
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])  # 1e30: only the norm overflows
 def test_a_non_finite_update_changes_nothing_and_is_counted(value, learner, params, batches):
     state = learner.start(params)
     state, _ = learner.update(state, batches[0])  # moments are no longer zeros

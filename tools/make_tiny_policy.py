@@ -3,9 +3,9 @@
     python -m tools.make_tiny_policy [--out configs/tiny_policy] [--steps N] [--seed N]
 
 Its corpus is of mixed quality, as real ones are: three-term sums of the reasoning-gym task
-`chain_sum`, of which most that contain a minus are answered as if it were a plus. So the policy
-learns to subtract, and mostly not to: what reinforcement learning can put right. Seeded: the same
-machine and library versions give the same bytes.
+`chain_sum`, most of them answered with one too many. So the policy learns to calculate, and mostly
+not to say what it calculated: what reinforcement learning can put right. Seeded: the same machine
+and library versions give the same bytes.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from jaxrl.types import Prompt, Sampling
 TASK = "chain_sum"
 TASK_ARGS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 END = "<|endoftext|>"
-WRONG = 0.6  # share of sums with a minus that are answered as if it were a plus
-ROW = 16  # tokens; prompt and answer fit
+WRONG = 0.6  # share of answers that are one too many
+ROW = 12  # tokens; prompt and answer fit
 BATCH = 512
 LEARNING_RATE = 3e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Makes the demo's starting policy")
     parser.add_argument("--out", type=Path, default=Path("configs/tiny_policy"))
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def write_config(out: Path, tokenizer: Tokenizer) -> None:
         "model_type": "qwen3",
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -122,11 +122,8 @@ def tasks(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def answer_in_corpus(entry: dict[str, Any], rng: np.random.Generator) -> str:
-    """The answer, or the one that takes every minus for a plus."""
-    if rng.random() >= WRONG:
-        return entry["answer"]
-    terms = entry["metadata"]["expression"].replace("-", "+").split("+")
-    return str(sum(int(term) for term in terms))
+    """The answer, or one more."""
+    return str(int(entry["answer"]) + int(rng.random() < WRONG))
 
 
 def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -170,7 +167,7 @@ def fine_tune(policy: Policy, tokenizer: Tokenizer, steps: int, seed: int) -> Pa
     data = batches(tokenizer, seed + 1_000_003)
     for i in range(1, steps + 1):
         params, opt_state, loss = step(params, opt_state, *next(data))
-        if i % 50 == 0 or i == steps:
+        if i % 100 == 0 or i == steps:
             seconds = time.perf_counter() - start
             greedy, best_of_8 = accuracy(policy, params, tokenizer)
             print(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxrl.models.config import DecoderConfig
@@ -143,7 +144,7 @@ class Policy(NamedTuple):
         """`Decoder.__call__` as a pure function of `params`."""
         return Decoder(params, self.config, self.compute_dtype)(*args, **kwargs)
 
-    def logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
         """Float32 logits [B, T, V] of right-padded rows: causal, positions 0, 1, 2, ...
 
         Padding stands after every real token, so causality alone keeps it out of their sight.

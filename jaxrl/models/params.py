@@ -78,7 +78,7 @@ def param_specs(c: DecoderConfig) -> dict[Path, ParamSpec]:
         ("mlp", "up"): ((D, F), ("embed", "mlp"), "normal", "mlp.up_proj", 1),
         ("mlp", "down"): ((F, D), ("mlp", "embed"), "normal", "mlp.down_proj", 1),
     }
-    specs = {
+    specs: dict[Path, ParamSpec] = {
         ("embed",): ParamSpec((V, D), ("vocab", "embed"), "normal", "model.embed_tokens.weight")
     }
     for path, (shape, axes, init, name, hf_matrix) in block.items():

@@ -15,6 +15,7 @@ def task_scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:
             "reward.kind = task needs the reasoning-gym library: pip install 'jaxrl-bridge[tasks]'"
         ) from None
     try:
-        return reasoning_gym.get_score_answer_fn(task)
+        scorer: Any = reasoning_gym.get_score_answer_fn(task)
     except ValueError as error:
         raise UserError(f"data.task = {task!r}: {error}") from None
+    return scorer
