@@ -93,6 +93,7 @@ def save_model(tensors: Iterable[HostTensor], source: FilePath, target: FilePath
         partial / "model.safetensors",
         {"format": "pt"},
     )
+    (partial / "model.safetensors").chmod(0o644)  # the library writes it for its user alone
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

@@ -44,7 +44,7 @@ LEARNING_RATE = 3e-3
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the demo's starting policy")
     parser.add_argument("--out", type=Path, default=Path("configs/tiny_policy"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
