@@ -160,7 +160,9 @@ class PublishSection(Section):
         "object_store", "how weights travel: Ray's shared memory, or a directory all machines see"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = knob(
-        "auto", "dtype on the wire; auto: float32 where the engines run float32, else bfloat16"
+        "auto",
+        "dtype on the wire and of the export at the end; auto: bfloat16, or float32 where the "
+        "engines run float32 or are in the trainer",
     )
     shuttle_dir: str | None = knob(None, "directory of the shuttle; default: weights/ in the run")
     bucket_mib: int = knob(256, "size of one buffer on the wire", unit="MiB", ge=1)
@@ -227,10 +229,11 @@ class Config(Section):
 
     @property
     def wire_dtype(self) -> str:
-        """What crosses the bridge, `auto` resolved."""
+        """What crosses the bridge and what is exported at the end, `auto` resolved."""
         if self.publish.dtype != "auto":
             return self.publish.dtype
-        return "float32" if self.engine_dtype == "float32" else "bfloat16"
+        exact = self.rollout.engine == "inprocess" or self.engine_dtype == "float32"
+        return "float32" if exact else "bfloat16"
 
     @property
     def probe_tolerance(self) -> float:
