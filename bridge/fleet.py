@@ -265,7 +265,7 @@ class Fleet:
         if isinstance(error, GetTimeoutError):
             reason = f"{name} did not finish before its deadline: {doing}"
         elif isinstance(error, RayActorError):
-            reason = f"{name} died: {doing}. {str(error).strip().splitlines()[-1].strip()}"
+            reason = f"{name} died: {doing}. {_how_it_died(error)}"
         else:
             reason = f"{name} failed: {doing}: {_cause(error)}"
         self._roster.fail(name, reason)
@@ -314,6 +314,11 @@ def _group(prompt: Prompt, sampling: Sampling, results: list[dict[str, Any]]) ->
             f"tokens, log-probs and versions of lengths {lengths}"
         )
     return Group(prompt, rollouts)
+
+
+def _how_it_died(error: RayActorError) -> str:
+    """Ray's account of a dead actor, without its guesses at the cause."""
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0].strip()
 
 
 def _cause(error: Exception) -> str:

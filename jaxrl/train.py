@@ -438,7 +438,10 @@ def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished:
         outputs["policy, as a Hugging Face directory"] = run_dir.export
         arguments.append(f"--run.steps={2 * command.config.run.steps}")
     ended = "finished" if finished else f"ended by {signal.Signals(interrupt.signal).name}"
-    return Summary(ended, outputs, shlex.join(["python", "-m", "jaxrl.train", *arguments]))
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return Summary(ended, outputs, shlex.join([str(python), "-m", "jaxrl.train", *arguments]))
 
 
 if __name__ == "__main__":
