@@ -35,6 +35,11 @@ class ModelSection(Section):
         "dtype of the trainer's matrix products; master weights and logits are float32 always. "
         "auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
+    remat: bool = knob(
+        True,
+        "compute activations again in the backward pass instead of keeping them: a fraction of the "
+        "memory for up to a third more arithmetic",
+    )
 
 
 class DataSection(Section):

@@ -91,8 +91,13 @@ def format_closing(summary: Summary, history: History, steps_total: int) -> str:
 
 
 def seconds_left(step_seconds: Sequence[float], steps: int) -> float | None:
-    """From the median, so that a compilation or an evaluation does not move the estimate."""
-    return statistics.median(step_seconds) * max(steps, 0) if step_seconds else None
+    """From the median, so that a compilation or an evaluation does not move the estimate.
+
+    None while there is only the first step, which compiles; the lower median, for the second.
+    """
+    if len(step_seconds) < 2:
+        return None
+    return statistics.median_low(step_seconds) * max(steps, 0)
 
 
 def _width(name: str) -> int:

@@ -298,7 +298,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh = make_mesh(c.mesh)
     specs = param_specs(decoder)
-    policy = Policy(decoder, jnp.dtype(compute))
+    policy = Policy(decoder, jnp.dtype(compute), c.model.remat)
     params = load_params(model_dir, specs, param_shardings(specs, mesh))
     optimizer = make_optimizer(c.optimizer)
     update = make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh)

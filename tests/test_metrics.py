@@ -169,7 +169,9 @@ def test_redirected_output_shows_at_once(tmp_path):
 def test_time_left_comes_from_the_median_step():
     assert report.seconds_left([], 10) is None
     assert report.seconds_left([10.0, 10.0, 500.0], 6) == 60.0
-    assert report.seconds_left([10.0], -1) == 0.0
+    assert report.seconds_left([500.0], 6) is None  # the first step compiles
+    assert report.seconds_left([500.0, 10.0], 6) == 60.0
+    assert report.seconds_left([10.0, 10.0], -1) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,25 @@ def test_a_mesh_of_data_fsdp_and_tensor_gives_the_same_logits(directory, loaded)
     np.testing.assert_allclose(run(policy, params, rows)[::2], expected_BTV, atol=rounding)
 
 
+def test_what_is_computed_again_in_the_backward_pass_gives_the_same_gradient(loaded):
+    policy, params = loaded
+
+    def value_and_grad(policy):
+        def loss(params):
+            return (policy.logits(params, TOKENS_BT) ** 2).mean()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    (kept, kept_grads), kept_bytes = value_and_grad(policy._replace(remat=False))
+    (again, again_grads), again_bytes = value_and_grad(policy._replace(remat=True))
+    np.testing.assert_allclose(again, kept, rtol=1e-6)
+    jax.tree.map(
+        lambda a, k: np.testing.assert_allclose(a, k, rtol=1e-4, atol=1e-7), again_grads, kept_grads
+    )
+    assert again_bytes < kept_bytes
+
+
 def test_bfloat16_computation_gives_float32_logits_near_the_reference(loaded, reference):
     policy, params = loaded
     logits_BTV = run(Policy(policy.config, jnp.bfloat16), params)

@@ -8,6 +8,7 @@ arXiv:2104.09864); grouped-query attention (Ainslie et al. 2023, arXiv:2305.1324
 2020, arXiv:2002.05202).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +41,9 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None, start=0):
         """Attends from T tokens to S slots; with a cache, writes its T keys from slot `start`."""
         c, dtype = self.config, self.dtype
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.query[...].astype(dtype))
-        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.key[...].astype(dtype))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.value[...].astype(dtype))
+        q_BTNH = project(x_BTD, self.query[...].astype(dtype))
+        k_BTKH = project(x_BTD, self.key[...].astype(dtype))
+        v_BTKH = project(x_BTD, self.value[...].astype(dtype))
         q_BTNH = rope(rms_norm(q_BTNH, self.query_norm[...], c.norm_eps), positions_BT, c)
         k_BTKH = rope(rms_norm(k_BTKH, self.key_norm[...], c.norm_eps), positions_BT, c)
         if cache is not None:
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
             k_BTKH, v_BTKH = cache
         with jax.named_scope("attention"):
             mixed_BTNH = grouped_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
-        return jnp.einsum("btnh,nhd->btd", mixed_BTNH, self.output[...].astype(dtype)), cache
+        return project(mixed_BTNH, self.output[...].astype(dtype), inputs=2), cache
 
 
 class Mlp(nnx.Module):
@@ -63,7 +64,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD):
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+        return project(jax.nn.silu(project(x_BTD, gate)) * project(x_BTD, up), down)
 
 
 class Norm(nnx.Module):
@@ -92,12 +93,12 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to float32 logits. Built on the leaves of `param_specs`, stacked over layers."""
 
-    def __init__(self, params: Params, config: DecoderConfig, compute_dtype: Any):
+    def __init__(self, params: Params, config: DecoderConfig, compute_dtype: Any, remat: bool):
         self.embed = nnx.Param(params["embed"])
         self.layers = Block(params["layers"], config, compute_dtype)
         self.final_norm = Norm(params["final_norm"], config.norm_eps)
         self.lm_head = None if config.tied_embeddings else nnx.Param(params["lm_head"])
-        self.config, self.dtype = config, compute_dtype
+        self.config, self.dtype, self.remat = config, compute_dtype, remat
 
     def __call__(
         self,
@@ -118,31 +119,33 @@ class Decoder(nnx.Module):
         """
         x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype)
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
         def run(x_BTD, block, layer_cache):
             return block(x_BTD, positions_BT, mask_BTS, layer_cache, start)
 
-        x_BTD, cache = run(x_BTD, self.layers, cache)
+        run = nnx.remat(run) if self.remat else run
+        scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+        x_BTD, cache = scan(x_BTD, self.layers, cache)
         x_BTD = self.final_norm(x_BTD)
-        head, rule = (
-            (self.embed, "btd,vd->btv") if self.lm_head is None else (self.lm_head, "btd,dv->btv")
-        )
+        head_DV = self.embed[...].T if self.lm_head is None else self.lm_head[...]
         with jax.named_scope("logits"):
-            logits_BTV = jnp.einsum(
-                rule, x_BTD, head[...].astype(self.dtype), preferred_element_type=jnp.float32
-            )
+            logits_BTV = project(x_BTD, head_DV.astype(self.dtype), dtype=jnp.float32)
         return logits_BTV, cache
 
 
 class Policy(NamedTuple):
-    """What the trainer and the sampler need of a model: its configuration and how to apply it."""
+    """What the trainer and the sampler need of a model: its configuration and how to apply it.
+
+    With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
+    of the memory, and less time where memory is slow (CPU).
+    """
 
     config: DecoderConfig
     compute_dtype: Any
+    remat: bool = True
 
     def apply(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
-        return Decoder(params, self.config, self.compute_dtype)(*args, **kwargs)
+        return Decoder(params, self.config, self.compute_dtype, self.remat)(*args, **kwargs)
 
     def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
         """Float32 logits [B, T, V] of right-padded rows: causal, positions 0, 1, 2, ...
@@ -184,6 +187,18 @@ def tree_of(leaves: dict[tuple[str, ...], Any]) -> Any:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def project(x: jax.Array, w: jax.Array, inputs: int = 1, dtype: Any = None) -> jax.Array:
+    """Contracts the last `inputs` axes of `x` with the first `inputs` axes of `w`.
+
+    As a product of two matrices: XLA's CPU backend takes twice as long for the gradient of `w` when
+    the rows it sums over are two axes (batch and tokens) and not one.
+    """
+    rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    size = math.prod(w.shape[:inputs])
+    y = jnp.matmul(x.reshape(-1, size), w.reshape(size, -1), preferred_element_type=dtype)
+    return y.reshape(*rows, *outputs)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
