@@ -22,6 +22,7 @@ import numpy as np
 
 from bridge.channels import ChannelError, Ticket
 from bridge.wire import Manifest
+from jaxrl.durable import sync_directory
 
 NAME = "shuttle"
 _VERSION_DIR = re.compile(r"v([0-9]{8,18})")
@@ -58,9 +59,9 @@ class ShuttleChannel:
                 )
             partial.mkdir()
             _write_version(partial, manifest, buckets)
-            _sync_directory(partial)
+            sync_directory(partial)
             partial.rename(final)
-            _sync_directory(self._root)
+            sync_directory(self._root)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise ChannelError(self._explain(manifest, error)) from error
@@ -204,12 +205,3 @@ def _write(path: Path, *parts: bytes | memoryview) -> None:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes the names in `path` durable, which fsync of the files does not."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import Literal
 from jaxrl.models.config import DecoderConfig
 
 Path = tuple[str, ...]
+Init = Literal["normal", "ones"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: Literal["normal", "ones"]
+    init: Init
     hf_name: str
     hf_matrix: int | None = None
 
@@ -39,53 +40,50 @@ class ParamSpec:
 
 def param_specs(c: DecoderConfig) -> dict[Path, ParamSpec]:
     """Every leaf of the decoder, by its path in the parameter tree."""
-    D, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_layers
-    N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-    block = {
-        ("attention_norm", "scale"): ((D,), ("embed",), "ones", "input_layernorm", None),
-        ("attention", "query"): (
-            (D, N, H),
-            ("embed", "heads", "head_dim"),
-            "normal",
-            "self_attn.q_proj",
-            1,
-        ),
-        ("attention", "key"): (
-            (D, K, H),
-            ("embed", "kv_heads", "head_dim"),
-            "normal",
-            "self_attn.k_proj",
-            1,
-        ),
-        ("attention", "value"): (
-            (D, K, H),
-            ("embed", "kv_heads", "head_dim"),
-            "normal",
-            "self_attn.v_proj",
-            1,
-        ),
-        ("attention", "output"): (
-            (N, H, D),
-            ("heads", "head_dim", "embed"),
-            "normal",
-            "self_attn.o_proj",
-            2,
-        ),
-        ("attention", "query_norm"): ((H,), ("head_dim",), "ones", "self_attn.q_norm", None),
-        ("attention", "key_norm"): ((H,), ("head_dim",), "ones", "self_attn.k_norm", None),
-        ("mlp_norm", "scale"): ((D,), ("embed",), "ones", "post_attention_layernorm", None),
-        ("mlp", "gate"): ((D, F), ("embed", "mlp"), "normal", "mlp.gate_proj", 1),
-        ("mlp", "up"): ((D, F), ("embed", "mlp"), "normal", "mlp.up_proj", 1),
-        ("mlp", "down"): ((F, D), ("mlp", "embed"), "normal", "mlp.down_proj", 1),
+    sizes = {
+        "layers": c.num_layers,
+        "vocab": c.vocab_size,
+        "embed": c.hidden_size,
+        "heads": c.num_heads,
+        "kv_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "mlp": c.intermediate_size,
     }
+
+    def leaf(
+        hf_name: str, axes: str, inputs: int | None = None, init: Init = "normal"
+    ) -> ParamSpec:
+        names = tuple(axes.split())
+        shape = tuple(sizes[name] for name in names)
+        return ParamSpec(shape, names, init, f"{hf_name}.weight", inputs)
+
+    def norm(hf_name: str, axes: str) -> ParamSpec:
+        return leaf(hf_name, axes, init="ones")
+
+    layer, attention = "model.layers.{layer}", "model.layers.{layer}.self_attn"
     specs: dict[Path, ParamSpec] = {
-        ("embed",): ParamSpec((V, D), ("vocab", "embed"), "normal", "model.embed_tokens.weight")
+        ("embed",): leaf("model.embed_tokens", "vocab embed"),
+        ("layers", "attention_norm", "scale"): norm(f"{layer}.input_layernorm", "layers embed"),
+        ("layers", "attention", "query"): leaf(
+            f"{attention}.q_proj", "layers embed heads head_dim", inputs=1
+        ),
+        ("layers", "attention", "key"): leaf(
+            f"{attention}.k_proj", "layers embed kv_heads head_dim", inputs=1
+        ),
+        ("layers", "attention", "value"): leaf(
+            f"{attention}.v_proj", "layers embed kv_heads head_dim", inputs=1
+        ),
+        ("layers", "attention", "output"): leaf(
+            f"{attention}.o_proj", "layers heads head_dim embed", inputs=2
+        ),
+        ("layers", "attention", "query_norm"): norm(f"{attention}.q_norm", "layers head_dim"),
+        ("layers", "attention", "key_norm"): norm(f"{attention}.k_norm", "layers head_dim"),
+        ("layers", "mlp_norm", "scale"): norm(f"{layer}.post_attention_layernorm", "layers embed"),
+        ("layers", "mlp", "gate"): leaf(f"{layer}.mlp.gate_proj", "layers embed mlp", inputs=1),
+        ("layers", "mlp", "up"): leaf(f"{layer}.mlp.up_proj", "layers embed mlp", inputs=1),
+        ("layers", "mlp", "down"): leaf(f"{layer}.mlp.down_proj", "layers mlp embed", inputs=1),
+        ("final_norm", "scale"): norm("model.norm", "embed"),
     }
-    for path, (shape, axes, init, name, hf_matrix) in block.items():
-        specs["layers", *path] = ParamSpec(
-            (L, *shape), ("layers", *axes), init, f"model.layers.{{layer}}.{name}.weight", hf_matrix
-        )
-    specs["final_norm", "scale"] = ParamSpec((D,), ("embed",), "ones", "model.norm.weight")
     if not c.tied_embeddings:
-        specs["lm_head",] = ParamSpec((D, V), ("embed", "vocab"), "normal", "lm_head.weight", 1)
+        specs["lm_head",] = leaf("lm_head", "embed vocab", inputs=1)
     return specs
