@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
+_STEP_TOKENS = 2048  # prompt tokens that a CPU engine takes on in one step, at least
 _POLL_S = 0.01
 _FINISHED = ("stop", "length")
 _LOG_TAIL_BYTES = 65536
@@ -134,6 +135,7 @@ class VllmEngine:
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from bridge.engines import plugin
@@ -148,6 +150,11 @@ class VllmEngine:
             "kv_cache_memory_bytes": settings.kv_cache_bytes,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
         }
+        if current_platform.is_cpu():
+            # A prompt split over two steps takes back its generator's first draw, which torch's
+            # CPU generators cannot do: vLLM 0.32 dies of it. Whole prompts, then.
+            optional["enable_chunked_prefill"] = False
+            optional["max_num_batched_tokens"] = max(settings.max_model_len, _STEP_TOKENS)
         args = AsyncEngineArgs(
             model=self._model_directory(),
             skip_tokenizer_init=True,

@@ -194,6 +194,20 @@ def test_many_requests_come_back_in_their_order(engine, tiny):
             np.testing.assert_allclose(rollout["logprobs"], expected, atol=1e-4)
 
 
+def test_seeded_prompts_that_do_not_fit_into_one_step_are_sampled(engine):
+    """More prompt tokens at once than vLLM schedules in a step: on CPU it must not split one."""
+    rng = np.random.default_rng(3)
+    prompts = [[int(t) for t in rng.integers(0, VOCAB, 150)] for _ in range(30)]
+    requests = [
+        engine.request(tokens=tokens, seed=seed, max_new_tokens=4)
+        for seed, tokens in enumerate(prompts)
+    ]
+    together = engine.call("generate_many", requests)
+    for request, (completion,) in list(zip(requests, together, strict=True))[::7]:
+        (alone,) = engine.call("generate", request)
+        np.testing.assert_array_equal(completion["tokens"], alone["tokens"])
+
+
 def test_every_token_carries_its_version(engine):
     (rollout,) = engine.generate()
     assert rollout["versions"].dtype == np.int64
