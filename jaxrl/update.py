@@ -98,15 +98,11 @@ def make_update(
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        apply = finite & (metrics["tokens/trained"] > 0)
-
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        update_norm = optax.tree.norm(changes)
         params = optax.apply_updates(state.params, changes)
-        finite &= jnp.isfinite(update_norm)
-        apply &= jnp.isfinite(update_norm)
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(changes)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        apply = finite & (metrics["tokens/trained"] > 0)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
