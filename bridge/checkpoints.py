@@ -98,12 +98,6 @@ def save_model(tensors: Iterable[HostTensor], source: FilePath, target: FilePath
     partial.rename(target)
 
 
-def model_files(model_dir: FilePath) -> dict[str, bytes]:
-    """The small files that an engine needs to build the model before its weights arrive."""
-    names = ("config.json", "generation_config.json")
-    return {name: (model_dir / name).read_bytes() for name in names if (model_dir / name).is_file()}
-
-
 def _weight_files(model_dir: FilePath) -> dict[str, FilePath]:
     """Tensor name -> file, from the index or from the single file."""
     index = model_dir / "model.safetensors.index.json"

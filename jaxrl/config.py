@@ -103,7 +103,11 @@ class VllmSection(Section):
     tensor_parallel: int = knob(1, "devices one engine is split over", unit="devices", ge=1)
     max_num_seqs: int = knob(256, "completions decoded at the same time", unit="completions", ge=1)
     kv_cache_mib: int | None = knob(
-        None, "KV cache of one engine; default: vLLM's own choice", unit="MiB", ge=1
+        None,
+        "KV cache of one engine; default: vLLM's own choice on GPU, 512 on CPU, where vLLM would "
+        "ask for nearly all memory",
+        unit="MiB",
+        ge=1,
     )
     gpu_memory_utilization: float = knob(
         0.9, "share of a GPU's memory that an engine takes", gt=0.0, le=1.0
@@ -231,6 +235,13 @@ class Config(Section):
         if self.vllm.dtype != "auto":
             return self.vllm.dtype
         return "bfloat16" if self.vllm.gpus_per_engine else "float32"
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Of one engine, the default resolved; None: as much as vLLM takes."""
+        on_cpu = 512 if self.vllm.gpus_per_engine == 0 else None
+        mib = on_cpu if self.vllm.kv_cache_mib is None else self.vllm.kv_cache_mib
+        return None if mib is None else mib << 20
 
     @property
     def wire_dtype(self) -> str:

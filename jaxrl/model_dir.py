@@ -1,4 +1,4 @@
-"""From `model.path` to a local Hugging Face directory."""
+"""From `model.path` to a local Hugging Face directory, and what engines need of it."""
 
 from pathlib import Path
 
@@ -29,3 +29,9 @@ def find_model(path: str) -> Path:
             f"model.path = {path}: there is no such directory here, and the hub has no such model "
             f"or cannot be reached ({reason})"
         ) from None
+
+
+def engine_files(model_dir: Path) -> dict[str, bytes]:
+    """The small files that an engine needs to build the model before its weights arrive."""
+    names = ("config.json", "generation_config.json")
+    return {name: (model_dir / name).read_bytes() for name in names if (model_dir / name).is_file()}

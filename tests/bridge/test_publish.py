@@ -10,13 +10,14 @@ import pytest
 
 from bridge.channels.object_store import ObjectStoreChannel
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.checkpoints import model_files, save_model
+from bridge.checkpoints import save_model
 from bridge.export import make_exporter
 from bridge.fleet import Fleet, FleetSettings
 from bridge.names import expected_tensors
 from bridge.publisher import Publisher
 from jaxrl.config import MeshSection
 from jaxrl.mesh import make_mesh, param_shardings
+from jaxrl.model_dir import engine_files
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy, init_params
 from jaxrl.models.params import param_specs
@@ -80,7 +81,7 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
 
     expected = expected_tensors(specs, dtype)
     settings = dataclasses.replace(engine_settings, dtype=dtype)
-    running = ready(settings, model_files(source), expected)
+    running = ready(settings, engine_files(source), expected)
     fresh = ready(dataclasses.replace(settings, load_format="auto"), str(exported), expected)
     warnings = []
     try:
