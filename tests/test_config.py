@@ -336,3 +336,26 @@ def test_a_mistake_is_answered_before_anything_heavy_is_loaded(tmp_path, argumen
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+GPU = (("vllm.gpus_per_engine", "1"),)
+CPU = (("vllm.gpus_per_engine", "0"),)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engine", "wire", "tolerance", "kv_cache"),
+    [
+        (GPU, "bfloat16", "bfloat16", 0.5, None),
+        (CPU, "float32", "float32", 1e-4, 512 << 20),
+        ((*CPU, ("vllm.dtype", "bfloat16")), "bfloat16", "bfloat16", 0.5, 512 << 20),
+        ((*GPU, ("publish.dtype", "float32")), "bfloat16", "float32", 0.5, None),
+        ((*CPU, ("model.compute_dtype", "bfloat16")), "float32", "float32", 0.5, 512 << 20),
+        ((*GPU, ("rollout.engine", "inprocess")), "bfloat16", "float32", 0.5, None),
+        ((*CPU, ("publish.probe_tolerance", "0.01")), "float32", "float32", 0.01, 512 << 20),
+        ((*GPU, ("vllm.kv_cache_mib", "64")), "bfloat16", "bfloat16", 0.5, 64 << 20),
+    ],
+)
+def test_what_auto_and_default_stand_for(tmp_path, overrides, engine, wire, tolerance, kv_cache):
+    config = load_tree(tmp_path, tree(), *overrides)
+    assert (config.engine_dtype, config.wire_dtype) == (engine, wire)
+    assert (config.probe_tolerance, config.kv_cache_bytes) == (tolerance, kv_cache)
