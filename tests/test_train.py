@@ -230,6 +230,15 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(tmp_path):
     assert "--resume" in shown
 
 
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
+    done = train(*small(tmp_path, "--run.steps=9", "--optimizer.learning_rate=1e38"), code=1)
+    assert "not finite in 3 updates in a row" in done.stderr and "Traceback" not in done.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["update/skipped"] for line in lines[1:]] == [1.0, 1.0]
+    assert all(line["mismatch/mean_abs_dlogp"] < 1e-4 for line in lines[1:])  # still the old policy
+
+
 BLOCK = """
 import sys
 class Refuse:
