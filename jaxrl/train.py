@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.rundir import RunDir
     from jaxrl.update import TrainState, Update
 
+MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
+
 
 def main(arguments: list[str] | None = None) -> int:
     try:
@@ -97,6 +99,9 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         prompts = parts.stream.take(c.rollout.prompts_per_step)
         groups = parts.engines.generate(prompts, sampling, seeds_for(c.run.seed, prompts))
         clock.lap("rollout")
+        lag_max = lag(groups, version)
+        if lag_max > MAX_LAG:
+            raise RunError(f"step {step}: tokens {lag_max} versions old must not be trained on")
         texts_PG, rewards_PG = judge(parts, groups)
         clock.lap("reward")
         advantages_PG, weights_PG = map(
@@ -113,7 +118,6 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         clock.lap("update")
         refuse_to_go_on_skipping(c, state, step)
 
-        lag_max = lag(groups, version)
         version = parts.next_version()
         report = parts.publish(state.params, version)
         clock.lap("publish")
