@@ -28,6 +28,7 @@ from jaxrl.types import Group, Prompt, RunError, Sampling, UserError
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from tokenizers import Tokenizer
 
+    from bridge.export import Exporter
     from bridge.fleet import Fleet
     from jaxrl.collect import Engines, Publish
     from jaxrl.data import PromptStream
@@ -101,7 +102,10 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         clock.lap("rollout")
         lag_max = lag(groups, version)
         if lag_max > MAX_LAG:
-            raise RunError(f"step {step}: tokens {lag_max} versions old must not be trained on")
+            raise RunError(
+                f"step {step}: an engine returned tokens sampled {lag_max} weight versions ago, "
+                f"where {MAX_LAG} is allowed; nothing of this step was trained on"
+            )
         texts_PG, rewards_PG = judge(parts, groups)
         clock.lap("reward")
         advantages_PG, weights_PG = map(
@@ -193,6 +197,7 @@ def train(command: Command) -> int:
     check_lengths(c, decoder)
     tokenizer = load_tokenizer(model_dir, decoder)
     stream, held_out = open_data(c, tokenizer)
+    data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
     reward = make_reward(c)
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
@@ -204,13 +209,15 @@ def train(command: Command) -> int:
             fleet = start_fleet(c, model_dir, decoder)
             cleanup.callback(fleet.close)
 
+        from bridge.checkpoints import save_model
         from jaxrl import checkpoint
         from jaxrl.metrics import RunLog
+        from jaxrl.sampler import InProcessEngine
 
         learner = build_learner(c, model_dir, decoder)
         state, first_step, last_version = learner.state, 0, 0
         if command.resume:
-            state, first_step, last_version = resume(run_dir, state, stream, fingerprint(c.data))
+            state, first_step, last_version = resume(run_dir, state, stream, data_fingerprint)
             if first_step >= c.run.steps:
                 raise UserError(
                     f"{run_dir.path}: the run is complete, {first_step} of run.steps = "
@@ -229,13 +236,13 @@ def train(command: Command) -> int:
             host = {
                 "cursor": stream.cursor,
                 "version": version,
-                "data_fingerprint": fingerprint(c.data),
+                "data_fingerprint": data_fingerprint,
                 "config": c.model_dump(mode="json"),
             }
             checkpoint.save(run_dir.checkpoints, step, state, host, c.checkpoint.keep)
 
         if fleet is None:
-            engines: Any = learner.inprocess_engine()
+            engines: Any = InProcessEngine(learner.policy)
             publish = engines.publish
         else:
             for info in fleet.wait_ready():
@@ -259,7 +266,7 @@ def train(command: Command) -> int:
         state = run(parts, state, first_step, interrupt)
         finished = int(state.step) >= c.run.steps
         if finished:
-            learner.export(state.params, run_dir.export)
+            save_model(learner.export(state.params), model_dir, run_dir.export)
         log.closing(summarize(command, run_dir, interrupt, finished))
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
@@ -269,22 +276,9 @@ class Learner:
     """The policy on its mesh, and what is compiled for it."""
 
     policy: Policy
-    specs: dict
     state: TrainState
     update: Update
-    model_dir: Path
-    wire_dtype: str
-
-    def inprocess_engine(self) -> Any:
-        from jaxrl.sampler import InProcessEngine
-
-        return InProcessEngine(self.policy)
-
-    def export(self, params: Any, target: Path) -> None:
-        from bridge.checkpoints import save_model
-        from bridge.export import make_exporter
-
-        save_model(make_exporter(self.specs, self.wire_dtype)(params), self.model_dir, target)
+    export: Exporter  # for every publish, and for the directory at the end
 
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
@@ -292,6 +286,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     import jax.numpy as jnp
 
     from bridge.checkpoints import load_params
+    from bridge.export import make_exporter
     from jaxrl.mesh import make_mesh, param_shardings
     from jaxrl.models.decoder import Policy
     from jaxrl.models.params import param_specs
@@ -307,7 +302,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     optimizer = make_optimizer(c.optimizer)
     update = make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh)
     state = init_state(params, optimizer, mesh)
-    return Learner(policy, specs, state, update, model_dir, c.wire_dtype)
+    return Learner(policy, state, update, make_exporter(specs, c.wire_dtype))
 
 
 def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
@@ -362,7 +357,6 @@ def connect_bridge(
     """What carries each version from the learner to the engines, and proves that it arrived."""
     from bridge.channels.object_store import ObjectStoreChannel
     from bridge.channels.shuttle import ShuttleChannel
-    from bridge.export import make_exporter
     from bridge.publisher import Publisher
     from jaxrl.sampler import make_score
 
@@ -372,7 +366,7 @@ def connect_bridge(
         else ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions)
     )
     publisher = Publisher(
-        make_exporter(learner.specs, c.wire_dtype),
+        learner.export,
         channel,
         fleet,
         make_score(learner.policy),

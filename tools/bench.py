@@ -11,27 +11,17 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxrl.models.config import DecoderConfig
+from jaxrl.model_dir import engine_files
+from jaxrl.models.config import load_config
 from jaxrl.types import Prompt, Sampling
 
-DEMO = DecoderConfig(
-    vocab_size=313,
-    hidden_size=128,
-    intermediate_size=512,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied_embeddings=True,
-    max_positions=512,
-    eos_token_ids=(0,),
-)
+DEMO_DIR = Path("configs/tiny_policy")
+DEMO = load_config(DEMO_DIR)
 
 
 def main() -> None:
@@ -65,7 +55,9 @@ def bench_update() -> None:
     from jaxrl.models import decoder
 
     rows, length = 512, 16
-    tokens_BT = np.random.default_rng(0).integers(0, 313, (rows, length)).astype(np.int32)
+    tokens_BT = (
+        np.random.default_rng(0).integers(0, DEMO.vocab_size, (rows, length)).astype(np.int32)
+    )
     params = decoder.init_params(DEMO, jax.random.key(0))
 
     def einsum(x, w, inputs=1, dtype=None):
@@ -98,10 +90,7 @@ def bench_update() -> None:
 
 def bench_sampler() -> None:
     """Prompts of 16 tokens, 32 new tokens each, float32, random weights, no stop token."""
-    import dataclasses
-    import json
     import tempfile
-    from pathlib import Path
 
     # vLLM's engine and Ray start before jax.
     from bridge.channels.shuttle import ShuttleChannel
@@ -110,11 +99,6 @@ def bench_sampler() -> None:
     from bridge.names import expected_tensors
     from jaxrl.models.params import param_specs
 
-    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    names |= {"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
-    names |= {"tied_embeddings": "tie_word_embeddings", "max_positions": "max_position_embeddings"}
-    config = {names.get(k, k): v for k, v in dataclasses.asdict(DEMO).items() if "eos" not in k}
-    config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     specs = param_specs(DEMO)
     expected = expected_tensors(specs, "float32")
     settings = EngineSettings(
@@ -124,8 +108,7 @@ def bench_sampler() -> None:
         kv_cache_bytes=64 << 20,
         enforce_eager=True,
     )
-    model = {"config.json": json.dumps(config).encode()}
-    fleet = Fleet(FleetSettings(engines=1), settings, model, expected)
+    fleet = Fleet(FleetSettings(engines=1), settings, engine_files(DEMO_DIR), expected)
     fleet.start()
     try:
         import jax
@@ -156,7 +139,7 @@ def bench_sampler() -> None:
             rng = np.random.default_rng(0)
             for prompts, n in ((1, 1), (1, 8), (8, 8), (32, 8)):
                 asked = [
-                    Prompt(i, "", tuple(rng.integers(1, 313, 16).tolist()), {})
+                    Prompt(i, "", tuple(rng.integers(1, DEMO.vocab_size, 16).tolist()), {})
                     for i in range(prompts)
                 ]
                 sampling = Sampling(n, 32, 1.0, ())
