@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bridge.names import hf_shape, to_hf
+from bridge.names import hf_tensors, to_hf
 from bridge.wire import HostTensor
 from jaxrl.models.params import ParamSpec, Path
 
@@ -16,33 +16,27 @@ Exporter = Callable[[Any], list[HostTensor]]
 def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
     """Returns export(params) -> tensors in `dtype`, one for each Hugging Face name.
 
-    Layout and cast run on the device, in one program whose size does not grow with depth: a
-    stacked leaf stays stacked, and its layers are rows of one host buffer. The result shares no
-    memory with `params`, which the next update may consume.
+    `params` may have more leaves than `specs`; they stay. Layout and cast run on the device, in one
+    program whose size does not grow with depth: a stacked leaf stays stacked, and its layers are
+    rows of one host buffer. The result shares no memory with `params`, which the next update may
+    consume.
     """
+    tensors = hf_tensors(specs)
 
     @jax.jit
-    def to_wire(params: Any) -> dict[Path, jax.Array]:
-        return {
-            path: to_hf(spec, _leaf(params, path)).astype(dtype) for path, spec in specs.items()
-        }
+    def to_wire(leaves: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+        return {path: to_hf(spec, leaves[path]).astype(dtype) for path, spec in specs.items()}
 
     def export(params: Any) -> list[HostTensor]:
-        arrays = jax.device_get(to_wire(params))
-        tensors = []
-        for path, spec in specs.items():
-            rows = np.ascontiguousarray(arrays[path])
-            layers = rows if spec.stacked else rows[None]
-            tensors += [
-                HostTensor(
-                    spec.hf_name.format(layer=layer),
-                    dtype,
-                    hf_shape(spec),
-                    row.reshape(-1).view(np.uint8),
-                )
-                for layer, row in enumerate(layers)
-            ]
-        return tensors
+        leaves = {path: _leaf(params, path) for path in specs}
+        arrays = {p: np.ascontiguousarray(x) for p, x in jax.device_get(to_wire(leaves)).items()}
+        exported = []
+        for name, tensor in tensors.items():
+            parts = [arrays[piece.path][piece.index] for piece in tensor.pieces]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            data = whole.reshape(-1).view(np.uint8)
+            exported.append(HostTensor(name, dtype, tensor.shape, data))
+        return exported
 
     return export
 

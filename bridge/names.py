@@ -1,25 +1,58 @@
 """Our parameter tree <-> Hugging Face names and layouts. No jax, no torch.
 
-The rules are the rows of `jaxrl.models.params.param_specs`; here is what they mean. The layout
-functions use only methods that NumPy and jax arrays share, so that one rule serves loading (on the
-host), export (on the device, jitted) and tests.
+The rules are the rows of `jaxrl.models.params.param_specs`; here is what they mean. Every step has
+its inverse: a tensor is cut into pieces by rows, a piece is one index of a leaf's stacked axes, and
+its [out, in] matrix is our axes transposed and flattened. The layout functions use only methods
+that NumPy and jax arrays share, so that one rule serves loading, export and tests.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 from jaxrl.models.params import ParamSpec, Path
 
 
-def hf_tensors(specs: dict[Path, ParamSpec]) -> dict[str, tuple[Path, int | None]]:
-    """Every Hugging Face tensor: name -> (path of our leaf, layer or None). Total, no overlap."""
-    tensors: dict[str, tuple[Path, int | None]] = {}
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of a Hugging Face tensor: leaf `path` at `index` of its stack."""
+
+    path: Path
+    index: tuple[int, ...]  # (), (layer,) or (layer, expert)
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HfTensor:
+    """A Hugging Face tensor, as the pieces that tile its first axis in order."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def hf_tensors(specs: dict[Path, ParamSpec]) -> dict[str, HfTensor]:
+    """Every Hugging Face tensor of the model by name; every index of every leaf is in one piece.
+
+    Raises:
+      ValueError: the table is wrong: two leaves claim the same rows, or rows are left out.
+    """
+    pieces: dict[str, list[Piece]] = {}
     for path, spec in specs.items():
-        for layer in range(spec.shape[0]) if spec.stacked else (None,):
-            name = spec.hf_name.format(layer=layer)
-            if name in tensors:
-                raise ValueError(f"{name} belongs to both {tensors[name][0]} and {path}")
-            tensors[name] = (path, layer)
+        rows = hf_shape(spec)[0]
+        for index in _indices(spec.shape[: spec.stack]):
+            name = hf_name(spec, index)
+            pieces.setdefault(name, []).append(Piece(path, index, spec.row, spec.row + rows))
+    tensors = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda piece: piece.start)
+        ends = [0, *(piece.stop for piece in parts)]
+        if [piece.start for piece in parts] != ends[:-1]:
+            raise ValueError(f"{name}: {parts} do not tile its rows")
+        shapes = {hf_shape(specs[piece.path])[1:] for piece in parts}
+        if len(shapes) != 1:
+            raise ValueError(f"{name}: the rows of {parts} differ in shape")
+        tensors[name] = HfTensor((ends[-1], *shapes.pop()), tuple(parts))
     return tensors
 
 
@@ -27,34 +60,55 @@ def expected_tensors(
     specs: dict[Path, ParamSpec], dtype: str
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of everything that a publish carries: what a complete version holds."""
-    return [
-        (spec.hf_name.format(layer=layer), dtype, hf_shape(spec))
-        for spec in specs.values()
-        for layer in range(spec.shape[0] if spec.stacked else 1)
-    ]
+    return [(name, dtype, tensor.shape) for name, tensor in hf_tensors(specs).items()]
+
+
+def hf_name(spec: ParamSpec, index: tuple[int, ...]) -> str:
+    """Name of the Hugging Face tensor at `index` of the leaf's stack."""
+    return spec.hf_name.format(**dict(zip(("layer", "expert"), index, strict=False)))
 
 
 def hf_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """Shape of one Hugging Face tensor of this leaf (of one layer, when stacked)."""
-    shape = spec.shape[1:] if spec.stacked else spec.shape
-    if spec.hf_matrix is None:
+    """Shape of one piece: of this leaf, at one index of its stack, in Hugging Face layout."""
+    shape = spec.shape[spec.stack :]
+    if spec.inputs is None:
         return shape
-    inputs, outputs = shape[: spec.hf_matrix], shape[spec.hf_matrix :]
-    return (math.prod(outputs), math.prod(inputs))
+    inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
+    return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
+
+
+def hf_axes(spec: ParamSpec) -> tuple[str | None, ...]:
+    """Logical axis along which each dimension of a piece may be split as our leaf is.
+
+    Of axes that one dimension flattens it is the first: splitting that one splits the dimension.
+    """
+    axes = spec.axes[spec.stack :]
+    if spec.inputs is None:
+        return axes
+    return (axes[spec.inputs], axes[0]) if spec.inputs else (axes[0],)
 
 
 def to_hf(spec: ParamSpec, leaf: Any) -> Any:
-    """Our leaf in Hugging Face layout; a stacked leaf keeps its leading `layers` axis."""
-    if spec.hf_matrix is None:
+    """Our leaf in Hugging Face layout; a stacked leaf keeps its leading stacked axes."""
+    if spec.inputs is None:
         return leaf
-    lead = spec.shape[:1] if spec.stacked else ()
-    outputs, inputs = hf_shape(spec)
+    lead, shape = spec.shape[: spec.stack], hf_shape(spec)
+    if not spec.inputs:
+        return leaf.reshape(*lead, *shape)
+    outputs, inputs = shape
     return leaf.reshape(*lead, inputs, outputs).swapaxes(-1, -2)
 
 
-def from_hf(spec: ParamSpec, tensor: Any) -> Any:
-    """The inverse of `to_hf`, for one Hugging Face tensor (of one layer, when stacked)."""
-    shape = spec.shape[1:] if spec.stacked else spec.shape
-    if spec.hf_matrix is None:
-        return tensor
-    return tensor.swapaxes(-1, -2).reshape(shape)
+def from_hf(spec: ParamSpec, piece: Any) -> Any:
+    """The inverse of `to_hf`, for one piece (one index of the stack)."""
+    if spec.inputs is None:
+        return piece
+    matrix = piece.swapaxes(-1, -2) if spec.inputs else piece
+    return matrix.reshape(spec.shape[spec.stack :])
+
+
+def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    indices: list[tuple[int, ...]] = [()]
+    for size in shape:
+        indices = [(*index, i) for index in indices for i in range(size)]
+    return indices

@@ -7,8 +7,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import MeshSection
-from jaxrl.models.decoder import tree_of
-from jaxrl.models.params import ParamSpec, Path
+from jaxrl.models.params import ParamSpec, Path, tree_of
 from jaxrl.types import UserError
 
 # Logical axis -> mesh axis. Parameters are split over fsdp and tensor and copied over data; the
@@ -21,6 +20,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
+    "rank": None,
     "rows": ("data", "fsdp"),
     "tokens": None,
 }
@@ -47,22 +48,36 @@ def partition(axes: tuple[str, ...]) -> P:
 def param_shardings(specs: dict[Path, ParamSpec], mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of `specs`, as the parameter tree.
 
-    Raises:
-      UserError: a dimension that its mesh axis does not divide; all of them together.
+    A dimension that its mesh axis does not divide (one key/value head, an odd vocabulary) is kept
+    whole on every device of that axis; `kept_whole` says which these are.
     """
-    problems, shardings = [], {}
+    shardings = {}
     for path, spec in specs.items():
-        shardings[path] = NamedSharding(mesh, partition(spec.axes))
-        for size, axis in zip(spec.shape, spec.axes, strict=True):
-            rule = RULES[axis]
-            if isinstance(rule, str) and size % mesh.shape[rule]:
-                problems.append(
-                    f"{'/'.join(path)} {spec.shape}: {axis} = {size} cannot be split over "
-                    f"mesh.{rule} = {mesh.shape[rule]}"
-                )
-    if problems:
-        raise UserError("the policy does not fit the mesh:\n  " + "\n  ".join(problems))
+        rules = [
+            RULES[axis] if _divides(mesh, axis, size) else None
+            for size, axis in zip(spec.shape, spec.axes, strict=True)
+        ]
+        shardings[path] = NamedSharding(mesh, P(*rules))
     return tree_of(shardings)
+
+
+def kept_whole(specs: dict[Path, ParamSpec], mesh: Mesh) -> list[str]:
+    """A line for each logical axis that could not be split: its size, and over what."""
+    dimensions = {
+        (axis, size)
+        for spec in specs.values()
+        for size, axis in zip(spec.shape, spec.axes, strict=True)
+    }
+    return [
+        f"{axis} = {size} is not a multiple of mesh.{RULES[axis]}, and is kept whole"
+        for axis, size in sorted(dimensions)
+        if not _divides(mesh, axis, size)
+    ]
+
+
+def _divides(mesh: Mesh, axis: str, size: int) -> bool:
+    rule = RULES[axis]
+    return not isinstance(rule, str) or size % mesh.shape[rule] == 0
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:

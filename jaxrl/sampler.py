@@ -15,24 +15,29 @@ import numpy as np
 
 from jaxrl.losses import token_logprobs
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
+from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
 from jaxrl.types import Group, Prompt, PublishReport, Rollout, Sampling
 
 
-def make_score(policy: Policy) -> Callable[[Params, Sequence[int]], np.ndarray]:
+def make_score(
+    policy: Policy, frozen: Params | None = None
+) -> Callable[[Params, Sequence[int]], np.ndarray]:
     """Returns score(params, tokens) -> log-prob of each token given those before it.
 
-    Float32 [t], nats, at temperature 1; the first is 0.
+    Float32 [t], nats, at temperature 1; the first is 0. With `frozen` weights `params` are the
+    adapters beside them.
     """
 
     @jax.jit
-    def logprobs(params: Params, tokens_1T: jax.Array) -> jax.Array:
-        return token_logprobs(policy.logits(params, tokens_1T), tokens_1T, 1.0)[0]
+    def logprobs(params: Params, frozen: Params, tokens_1T: jax.Array) -> jax.Array:
+        whole = with_adapters(frozen, params)
+        return token_logprobs(policy.logits(whole, tokens_1T), tokens_1T, 1.0)[0]
 
     def score(params: Params, tokens: Sequence[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, row_length(len(tokens))), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        return np.asarray(logprobs(params, tokens_1T))[0, : len(tokens)]
+        return np.asarray(logprobs(params, frozen or {}, tokens_1T))[0, : len(tokens)]
 
     return score
 
@@ -40,8 +45,9 @@ def make_score(policy: Policy) -> Callable[[Params, Sequence[int]], np.ndarray]:
 class InProcessEngine:
     """Samples with the newest published weights, on the trainer's own devices."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, frozen: Params | None = None) -> None:
+        """With `frozen` weights what is published are adapters."""
+        self._policy, self._frozen = policy, frozen or {}
         self._params: Params | None = None
         self._version = -1
         # A copy: the next update donates, and so destroys, the parameters it was given.
@@ -74,7 +80,7 @@ class InProcessEngine:
             row[: len(prompt.tokens)] = prompt.tokens
         drawn = _sample(
             self._policy,
-            self._params,
+            with_adapters(self._frozen, self._params),
             prompts_BT,
             lengths_B,
             np.array([seed for _, seed in rows], np.uint32),
@@ -141,11 +147,15 @@ def _sample(
     keys_B = jax.vmap(jax.random.key)(seeds_B)
     slots_S = jnp.arange(S)
     prompt_BS = slots_S[None] < lengths_B[:, None]
+    new_BS = lengths_B[:, None] + slots_S[None] - T
+    slot_positions_BS = jnp.where(slots_S[None] < T, slots_S[None], new_BS)
 
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     causal_BTS = (slots_S[None, None] <= positions_BT[:, :, None]) & prompt_BS[:, None]
     cache = empty_cache(policy.config, B, S, policy.compute_dtype)
-    logits_BTV, cache = policy.apply(params, prompts_BT, positions_BT, causal_BTS, cache, 0)
+    logits_BTV, cache = policy.apply(
+        params, prompts_BT, positions_BT, causal_BTS, cache, 0, slot_positions_BS
+    )
     last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
     def step(draw: _Draw) -> _Draw:
@@ -168,6 +178,7 @@ def _sample(
             visible_BS[:, None],
             draw.cache,
             T + n,
+            slot_positions_BS,
         )
         return _Draw(
             n + 1,

@@ -148,7 +148,7 @@ def fine_tune(policy: Policy, tokenizer: Tokenizer, steps: int, seed: int) -> Pa
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
-    params = init_params(policy.config, jax.random.key(seed))
+    params = init_params(param_specs(policy.config), jax.random.key(seed))
     # N(0, 0.02) suits models ten times as wide; here it is nearly no signal.
     params["layers"] = jax.tree.map(lambda x: x if x.ndim == 2 else 4 * x, params["layers"])
     opt_state = optimizer.init(params)

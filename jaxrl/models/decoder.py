@@ -1,14 +1,19 @@
-"""The policy: a pre-norm decoder with rotary positions, grouped-query attention and SwiGLU.
+"""The policy: one decoder that covers every family, by its configuration.
 
-Layers are stacked and scanned, so that compile time does not grow with depth. Parameters are
-float32; matrix products run in `compute_dtype`; norms, softmax and logits are float32.
+Layers are stacked and scanned, so that compile time does not grow with depth. Matrix products run
+in `compute_dtype`, whatever the parameters are kept in; norms, softmax and logits are float32.
 
-Sources: Qwen3 (Yang et al. 2025, arXiv:2505.09388); rotary positions (Su et al. 2021,
-arXiv:2104.09864); grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); SwiGLU (Shazeer
-2020, arXiv:2002.05202).
+Sources: rotary positions (Su et al. 2021, arXiv:2104.09864); grouped-query attention (Ainslie et
+al. 2023, arXiv:2305.13245); gated MLPs (Shazeer 2020, arXiv:2002.05202); q/k norms and biases
+(Qwen 2.5 and 3, arXiv:2412.15115 and 2505.09388); norms after each sub-layer (OLMo 2,
+arXiv:2501.00656); norms on both sides, soft caps, alternating windows (Gemma 2 and 3,
+arXiv:2408.00118 and 2503.19786); mixtures of experts (Mixtral, arXiv:2401.04088); attention sinks
+(gpt-oss, arXiv:2508.10925); low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,36 +21,79 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrl.models.config import DecoderConfig
-from jaxrl.models.params import ParamSpec, param_specs
+from jaxrl.models.config import DecoderConfig, MoeConfig
+from jaxrl.models.params import ParamSpec, Path, tree_of
+from jaxrl.models.rope import Rope
 
 Params = Any  # the nested dict of `param_specs`, as jax arrays
+_OSS_ALPHA, _OSS_LIMIT = 1.702, 7.0  # of gpt-oss's gated activation
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [L, B, S, K, H]; slot s holds the token at position s."""
+    """Keys and values of every layer, [L, B, S, K, H]."""
 
     keys: jax.Array
     values: jax.Array
 
 
-class Attention(nnx.Module):
-    def __init__(self, leaves: dict[str, Any], config: DecoderConfig, dtype: Any):
-        self.query, self.key, self.value, self.output = (
-            nnx.Param(leaves[name]) for name in ("query", "key", "value", "output")
-        )
-        self.query_norm = nnx.Param(leaves["query_norm"])
-        self.key_norm = nnx.Param(leaves["key_norm"])
-        self.config, self.dtype = config, dtype
+class Context(NamedTuple):
+    """What a layer needs to know of the tokens: who sees whom, and how far positions turn."""
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None, start=0):
+    mask_BTS: jax.Array
+    cos_BT1F: jax.Array
+    sin_BT1F: jax.Array
+
+
+class Linear(nnx.Module):
+    """x W, plus a bias and a low-rank adapter where the leaves have them."""
+
+    def __init__(
+        self, leaves: dict[str, Any], name: str, dtype: Any, inputs: int = 1, scale: float = 0.0
+    ):
+        self.weight = nnx.Param(leaves[name])
+        bias, lora_b = leaves.get(f"{name}_bias"), leaves.get(f"{name}_lora_b")
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.lora_b = None if lora_b is None else nnx.Param(lora_b)
+        self.lora_a = None if lora_b is None else nnx.Param(_lora_a(leaves, name))
+        self.inputs, self.dtype, self.scale = inputs, dtype, scale
+
+    def __call__(self, x):
+        y = project(x, self.weight[...].astype(self.dtype), self.inputs)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = project(x, self.lora_a[...].astype(self.dtype), self.inputs)
+            y = y + self.scale * project(low, self.lora_b[...].astype(self.dtype))
+        return y
+
+
+class Norm(nnx.Module):
+    def __init__(self, scale: Any, c: DecoderConfig):
+        self.scale, self.eps, self.offset = nnx.Param(scale), c.norm_eps, float(c.norm_offset)
+
+    def __call__(self, x):
+        return rms_norm(x, self.offset + self.scale[...].astype(jnp.float32), self.eps)
+
+
+class Attention(nnx.Module):
+    def __init__(self, leaves: dict[str, Any], c: DecoderConfig, dtype: Any, lora_scale: float):
+        linear = functools.partial(Linear, leaves, dtype=dtype, scale=lora_scale)
+        self.query, self.key, self.value = linear("query"), linear("key"), linear("value")
+        self.output = linear("output", inputs=2)
+        norms = c.qk_norm is not None
+        self.query_norm = Norm(leaves["query_norm"], c) if norms else None
+        self.key_norm = Norm(leaves["key_norm"], c) if norms else None
+        self.sinks = nnx.Param(leaves["sinks"]) if c.attention_sinks else None
+        self.config = c
+
+    def __call__(self, x_BTD, context: Context, cache=None, start=0):
         """Attends from T tokens to S slots; with a cache, writes its T keys from slot `start`."""
-        c, dtype = self.config, self.dtype
-        q_BTNH = project(x_BTD, self.query[...].astype(dtype))
-        k_BTKH = project(x_BTD, self.key[...].astype(dtype))
-        v_BTKH = project(x_BTD, self.value[...].astype(dtype))
-        q_BTNH = rope(rms_norm(q_BTNH, self.query_norm[...], c.norm_eps), positions_BT, c)
-        k_BTKH = rope(rms_norm(k_BTKH, self.key_norm[...], c.norm_eps), positions_BT, c)
+        c = self.config
+        q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH = _norm_heads(self.query_norm, q_BTNH, c)
+            k_BTKH = _norm_heads(self.key_norm, k_BTKH, c)
+        q_BTNH, k_BTKH = turn(q_BTNH, context), turn(k_BTKH, context)
         if cache is not None:
             cache = KVCache(
                 jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKH, start, axis=1),
@@ -53,52 +101,103 @@ class Attention(nnx.Module):
             )
             k_BTKH, v_BTKH = cache
         with jax.named_scope("attention"):
-            mixed_BTNH = grouped_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
-        return project(mixed_BTNH, self.output[...].astype(dtype), inputs=2), cache
+            mixed_BTNH = grouped_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                context.mask_BTS,
+                scale=c.attention_scale or c.head_dim**-0.5,
+                softcap=c.attention_softcap,
+                sinks_N=None if self.sinks is None else self.sinks[...],
+            )
+        return self.output(mixed_BTNH), cache
 
 
 class Mlp(nnx.Module):
-    def __init__(self, leaves: dict[str, Any], dtype: Any):
-        self.gate, self.up, self.down = (nnx.Param(leaves[name]) for name in ("gate", "up", "down"))
-        self.dtype = dtype
+    def __init__(self, leaves: dict[str, Any], c: DecoderConfig, dtype: Any, lora_scale: float):
+        linear = functools.partial(Linear, leaves, dtype=dtype, scale=lora_scale)
+        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+        self.activation = c.activation
 
     def __call__(self, x_BTD):
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return project(jax.nn.silu(project(x_BTD, gate)) * project(x_BTD, up), down)
+        return self.down(activate(self.gate(x_BTD), self.activation) * self.up(x_BTD))
 
 
-class Norm(nnx.Module):
-    def __init__(self, leaves: dict[str, Any], eps: float):
-        self.scale, self.eps = nnx.Param(leaves["scale"]), eps
+class Experts(nnx.Module):
+    """Every token goes through the few experts that the router gives it the most weight for.
 
-    def __call__(self, x):
-        return rms_norm(x, self.scale[...], self.eps)
+    Rows are sorted by expert, so that each expert multiplies one run of rows (`ragged_dot`).
+    """
+
+    def __init__(self, leaves: dict[str, Any], moe: MoeConfig, c: DecoderConfig, dtype: Any):
+        self.router = Linear(leaves, "router", dtype)
+        self.leaves = nnx.data({n: nnx.Param(w) for n, w in leaves.items() if "router" not in n})
+        self.moe, self.activation, self.dtype = moe, c.activation, dtype
+
+    def __call__(self, x_BTD):
+        moe, x_ND = self.moe, x_BTD.reshape(-1, x_BTD.shape[-1])
+        with jax.named_scope("router"):
+            shares_NE = jax.nn.softmax(self.router(x_ND).astype(jnp.float32), axis=-1)
+            shares_NC, chosen_NC = jax.lax.top_k(shares_NE, moe.experts_per_token)
+            if moe.normalize:
+                shares_NC /= shares_NC.sum(axis=-1, keepdims=True)
+        order_R = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # R = N * C rows, by expert
+        expert_R, token_R = chosen_NC.reshape(-1)[order_R], order_R // moe.experts_per_token
+        rows_E = jnp.bincount(expert_R, length=moe.num_experts).astype(jnp.int32)
+        with jax.named_scope("experts"):
+            y_RD = self._run(x_ND[token_R], expert_R, rows_E)
+        weighted_RD = y_RD * shares_NC.reshape(-1)[order_R, None].astype(y_RD.dtype)
+        return jnp.zeros_like(x_ND).at[token_R].add(weighted_RD).reshape(x_BTD.shape)
+
+    def _run(self, x_RD, expert_R, rows_E):
+        def product(x, name):
+            y = jax.lax.ragged_dot(x, self.leaves[name][...].astype(self.dtype), rows_E)
+            bias = self.leaves.get(f"{name}_bias")
+            return y if bias is None else y + bias[...].astype(self.dtype)[expert_R]
+
+        if self.moe.layout == "gpt_oss":
+            both = product(x_RD, "gate_up")
+            gate = jnp.minimum(both[:, ::2], _OSS_LIMIT)
+            up = jnp.clip(both[:, 1::2], -_OSS_LIMIT, _OSS_LIMIT)
+            return product((up + 1) * gate * jax.nn.sigmoid(_OSS_ALPHA * gate), "down")
+        hidden = activate(product(x_RD, "gate"), self.activation) * product(x_RD, "up")
+        return product(hidden, "down")
 
 
 class Block(nnx.Module):
-    def __init__(self, leaves: dict[str, Any], config: DecoderConfig, dtype: Any):
-        self.attention_norm = Norm(leaves["attention_norm"], config.norm_eps)
-        self.attention = Attention(leaves["attention"], config, dtype)
-        self.mlp_norm = Norm(leaves["mlp_norm"], config.norm_eps)
-        self.mlp = Mlp(leaves["mlp"], dtype)
+    def __init__(self, leaves: dict[str, Any], c: DecoderConfig, dtype: Any, lora_scale: float):
+        norms = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+        self.norms = nnx.data({n: Norm(leaves[n]["scale"], c) for n in norms if n in leaves})
+        self.attention = Attention(leaves["attention"], c, dtype, lora_scale)
+        if c.moe:
+            self.mlp = Experts(leaves["moe"], c.moe, c, dtype)
+        else:
+            self.mlp = Mlp(leaves["mlp"], c, dtype, lora_scale)
+        self.residual = c.residual_multiplier
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None, start=0):
+    def __call__(self, x_BTD, context: Context, cache=None, start=0):
         mixed_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), positions_BT, mask_BTS, cache, start
+            self._norm("attention_norm", x_BTD), context, cache, start
         )
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        x_BTD = x_BTD + self.residual * self._norm("attention_post_norm", mixed_BTD)
+        y_BTD = self.mlp(self._norm("mlp_norm", x_BTD))
+        return x_BTD + self.residual * self._norm("mlp_post_norm", y_BTD), cache
+
+    def _norm(self, name: str, x):
+        return self.norms[name](x) if name in self.norms else x
 
 
 class Decoder(nnx.Module):
     """Token ids to float32 logits. Built on the leaves of `param_specs`, stacked over layers."""
 
-    def __init__(self, params: Params, config: DecoderConfig, compute_dtype: Any, remat: bool):
+    def __init__(
+        self, params: Params, c: DecoderConfig, dtype: Any, remat: bool, lora_scale: float
+    ):
         self.embed = nnx.Param(params["embed"])
-        self.layers = Block(params["layers"], config, compute_dtype)
-        self.final_norm = Norm(params["final_norm"], config.norm_eps)
-        self.lm_head = None if config.tied_embeddings else nnx.Param(params["lm_head"])
-        self.config, self.dtype, self.remat = config, compute_dtype, remat
+        self.layers = Block(params["layers"], c, dtype, lora_scale)
+        self.final_norm = Norm(params["final_norm"]["scale"], c)
+        self.lm_head = None if c.tied_embeddings else nnx.Param(params["lm_head"])
+        self.config, self.dtype, self.remat = c, dtype, remat
 
     def __call__(
         self,
@@ -107,28 +206,43 @@ class Decoder(nnx.Module):
         mask_BTS: jax.Array,
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
+        slot_positions_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns float32 logits [B, T, V] and the cache with T more slots filled (or None).
 
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 rotary position of each token.
-          mask_BTS: bool, which of the S tokens (or cache slots) each token may attend to.
+          mask_BTS: bool, which of the S tokens (or cache slots) each token may attend to, windows
+            not counted.
           cache: keys and values of earlier tokens; S is then its number of slots.
           start: first slot that these T tokens fill.
+          slot_positions_BS: int32 position of the token in each slot; None: there is no cache, and
+            the slots are the tokens.
         """
+        c = self.config
         x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype)
+        if c.embedding_multiplier != 1.0:  # rounded to the compute dtype, as it is in the engines
+            x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, self.dtype)
+        if slot_positions_BS is None:
+            slot_positions_BS = positions_BT
+        contexts = contexts_of(c, positions_BT, mask_BTS, slot_positions_BS, self.dtype)
 
-        def run(x_BTD, block, layer_cache):
-            return block(x_BTD, positions_BT, mask_BTS, layer_cache, start)
+        def run(x_BTD, block, slides, layer_cache):
+            return block(x_BTD, contexts(slides), layer_cache, start)
 
         run = nnx.remat(run) if self.remat else run
-        scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
-        x_BTD, cache = scan(x_BTD, self.layers, cache)
+        scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
+        slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
+        x_BTD, cache = scan(x_BTD, self.layers, slides_L, cache)
         x_BTD = self.final_norm(x_BTD)
         head_DV = self.embed[...].T if self.lm_head is None else self.lm_head[...]
         with jax.named_scope("logits"):
             logits_BTV = project(x_BTD, head_DV.astype(self.dtype), dtype=jnp.float32)
+            if c.logit_divisor != 1.0:
+                logits_BTV = logits_BTV / c.logit_divisor
+            if c.logit_softcap is not None:
+                logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         return logits_BTV, cache
 
 
@@ -136,16 +250,19 @@ class Policy(NamedTuple):
     """What the trainer and the sampler need of a model: its configuration and how to apply it.
 
     With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
-    of the memory, and less time where memory is slow (CPU).
+    of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
+    adapters that `params` may hold beside the leaves they adapt.
     """
 
     config: DecoderConfig
     compute_dtype: Any
     remat: bool = True
+    lora_scale: float = 0.0
 
     def apply(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
-        return Decoder(params, self.config, self.compute_dtype, self.remat)(*args, **kwargs)
+        decoder = Decoder(params, self.config, self.compute_dtype, self.remat, self.lora_scale)
+        return decoder(*args, **kwargs)
 
     def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
         """Float32 logits [B, T, V] of right-padded rows: causal, positions 0, 1, 2, ...
@@ -163,30 +280,72 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> KVC
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def init_params(config: DecoderConfig, key: jax.Array) -> Params:
-    """Random float32 parameters: matrices N(0, 0.02), norms 1."""
+def init_params(specs: dict[Path, ParamSpec], key: jax.Array) -> Params:
+    """Random float32 parameters: matrices N(0, 0.02), norms the identity, biases 0; of an adapter,
+    A uniform in +-1 / sqrt(inputs) (as PEFT has it) and B 0."""
 
     def leaf(spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if spec.init == "zeros":
+            return jnp.zeros(spec.shape, jnp.float32)
         if spec.init == "ones":
             return jnp.ones(spec.shape, jnp.float32)
+        if spec.init == "lora_a":
+            bound = math.prod(spec.shape[spec.stack : -1]) ** -0.5
+            return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
         return 0.02 * jax.random.normal(key, spec.shape, jnp.float32)
 
-    specs = param_specs(config)
-    leaves = {
-        path: leaf(spec, jax.random.fold_in(key, i)) for i, (path, spec) in enumerate(specs.items())
-    }
-    return tree_of(leaves)
+    return tree_of(
+        {
+            path: leaf(spec, jax.random.fold_in(key, i))
+            for i, (path, spec) in enumerate(specs.items())
+        }
+    )
 
 
-def tree_of(leaves: dict[tuple[str, ...], Any]) -> Any:
-    """A nested dict from a flat one keyed by path."""
-    tree: dict[str, Any] = {}
-    for (*parents, name), leaf in leaves.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+def contexts_of(
+    c: DecoderConfig,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+    slot_positions_BS: jax.Array,
+    dtype: Any,
+) -> Callable[[jax.Array | None], Context]:
+    """Returns context(slides) for a layer: made once for each kind of layer, picked in the scan."""
+    full = Context(mask_BTS, *angles(c.rope, positions_BT, dtype))
+    if c.sliding_window is None:
+        return lambda _: full
+    distance_BTS = positions_BT[:, :, None] - slot_positions_BS[:, None, :]
+    rope = c.rope if c.sliding_rope is None else c.sliding_rope
+    near_BTS = mask_BTS & (distance_BTS < c.sliding_window)
+    sliding = Context(near_BTS, *angles(rope, positions_BT, dtype))
+
+    def pick(slides: jax.Array | None) -> Context:
+        if slides is None:  # every layer slides
+            return sliding
+        return jax.tree.map(lambda near, far: jnp.where(slides, near, far), sliding, full)
+
+    return pick
+
+
+def angles(rope: Rope, positions_BT: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, 1, F] of each token's position times each frequency."""
+    frequencies_F = jnp.asarray(rope.frequencies, jnp.float32)
+    # Angles in float32: bfloat16 cannot tell position 256 from 257.
+    angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_F
+    cos, sin = jnp.cos(angle_BT1F) * rope.amplitude, jnp.sin(angle_BT1F) * rope.amplitude
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+def turn(x_BTNH: jax.Array, context: Context) -> jax.Array:
+    """Rotates pairs (i, i + F) of the first 2 F dimensions; those behind them pass."""
+    cos, sin = context.cos_BT1F, context.sin_BT1F
+    half = cos.shape[-1]
+    low, high = x_BTNH[..., :half], x_BTNH[..., half : 2 * half]
+    parts = [low * cos - high * sin, high * cos + low * sin, x_BTNH[..., 2 * half :]]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def activate(x: jax.Array, kind: str) -> jax.Array:
+    return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 def project(x: jax.Array, w: jax.Array, inputs: int = 1, dtype: Any = None) -> jax.Array:
@@ -209,26 +368,51 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normed.astype(x.dtype) * scale.astype(x.dtype)).astype(x.dtype)
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, c: DecoderConfig) -> jax.Array:
-    """Rotates the pairs (h, h + H/2) of each head by position * theta^(-2h/H)."""
-    half = c.head_dim // 2
-    frequency = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    # Angles in float32: bfloat16 cannot tell position 256 from 257.
-    angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_BT1F).astype(x_BTNH.dtype), jnp.sin(angle_BT1F).astype(x_BTNH.dtype)
-    low, high = x_BTNH[..., :half], x_BTNH[..., half:]
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+def grouped_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention in float32; N query heads share K key/value heads, N / K to each.
 
-
-def grouped_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
-    """Softmax attention in float32; N query heads share K key/value heads, N / K to each."""
+    `sinks_N` is a score for each head that takes its share of the softmax and adds nothing.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKRTS = jnp.einsum(
+    scores_BKRTS = scale * jnp.einsum(
         "btkrh,bskh->bkrts", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32
-    ) * (H**-0.5)
+    )
+    if softcap is not None:
+        scores_BKRTS = softcap * jnp.tanh(scores_BKRTS / softcap)
     # Finite, so that a row that may attend to nothing (padding) gives zeros' mean and not NaN.
     scores_BKRTS = jnp.where(mask_BTS[:, None, None], scores_BKRTS, -1e30)
+    if sinks_N is not None:
+        sinks_KR = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        sinks = jnp.broadcast_to(sinks_KR, (*scores_BKRTS.shape[:-1], 1))
+        scores_BKRTS = jnp.concatenate([scores_BKRTS, sinks], axis=-1)
     weights_BKRTS = jax.nn.softmax(scores_BKRTS, axis=-1).astype(v_BSKH.dtype)
+    weights_BKRTS = weights_BKRTS[..., : v_BSKH.shape[1]]
     return jnp.einsum("bkrts,bskh->btkrh", weights_BKRTS, v_BSKH).reshape(B, T, N, H)
+
+
+def _norm_heads(norm: Norm, x_BTNH: jax.Array, c: DecoderConfig) -> jax.Array:
+    if c.qk_norm == "head":
+        return norm(x_BTNH)
+    scale = norm.scale[...]
+    flat = rms_norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1), scale.reshape(-1), c.norm_eps)
+    return flat.reshape(x_BTNH.shape)
+
+
+def _lora_a(leaves: dict[str, Any], name: str) -> Any:
+    """The A that adapts `name`: its own, or the one that a fused projection's parts share."""
+    fused = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate_up", "up": "gate_up"}
+    own = {"query": "q", "key": "k", "value": "v", "output": "o"}.get(name, name)
+    for module in (own, fused.get(name)):
+        if f"{module}_proj_lora_a" in leaves:
+            return leaves[f"{module}_proj_lora_a"]
+    raise KeyError(f"{name}_lora_b has no lora_a among {sorted(leaves)}")

@@ -1,89 +1,240 @@
 """The parameters as data: one table, from which everything about them is derived.
 
 Initialisation, shardings, checkpoint structure, loading and export all read `param_specs`, and so
-cannot disagree. Standard library only: `bridge.names` reads the table where there is no jax.
+cannot disagree. No jax, no torch: `bridge.names` reads the table in either half.
 
 A leaf that every layer has is stacked: its first axis is `layers`, and the decoder scans over it.
 Logical axes (`mesh.RULES` maps them to mesh axes):
 
-    layers   vocab   embed (hidden size)   heads   kv_heads   head_dim   mlp
+    layers   vocab   embed (hidden size)   heads   kv_heads   head_dim   mlp   experts   rank (LoRA)
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from jaxrl.models.config import DecoderConfig
+from jaxrl.models.config import DecoderConfig, LoraConfig
+from jaxrl.types import UserError
 
 Path = tuple[str, ...]
-Init = Literal["normal", "ones"]
+Init = Literal["normal", "ones", "zeros", "lora_a"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One leaf of the parameter tree; always float32 in the trainer.
+    """One leaf of the parameter tree.
 
-    `hf_name` is its Hugging Face name; `{layer}` stands where a stacked leaf has one tensor for
-    each layer. `hf_matrix` says how our axes (without `layers`) make the [out, in] matrix of a
-    torch Linear: the number of leading axes that are inputs. None: the layouts are the same.
+    `hf_name` is the Hugging Face tensor that it fills; `{layer}` and `{expert}` stand where a
+    stacked leaf has one tensor for each index of its leading `stack` axes. `inputs` says how the
+    axes behind those make a torch Linear's [out, in] matrix: the number of leading ones that are
+    inputs; 0 makes the vector [out] of a bias; None leaves the layout as it is. `row` is the first
+    row of the Hugging Face tensor that the leaf fills, where several leaves share one (a fused
+    projection); together they must tile it.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
     hf_name: str
-    hf_matrix: int | None = None
+    inputs: int | None = None
+    row: int = 0
 
     @property
-    def stacked(self) -> bool:
-        return self.axes[0] == "layers"
+    def stack(self) -> int:
+        """Leading axes along which every index is a Hugging Face tensor of its own."""
+        return ("{layer}" in self.hf_name) + ("{expert}" in self.hf_name)
+
+    @property
+    def module(self) -> str:
+        """Last part of the Hugging Face module's name: q_proj, down_proj, ..."""
+        return self.hf_name.split(".")[-2]
 
 
 def param_specs(c: DecoderConfig) -> dict[Path, ParamSpec]:
     """Every leaf of the decoder, by its path in the parameter tree."""
-    sizes = {
-        "layers": c.num_layers,
-        "vocab": c.vocab_size,
-        "embed": c.hidden_size,
-        "heads": c.num_heads,
-        "kv_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "mlp": c.intermediate_size,
-    }
-
-    def leaf(
-        hf_name: str, axes: str, inputs: int | None = None, init: Init = "normal"
-    ) -> ParamSpec:
-        names = tuple(axes.split())
-        shape = tuple(sizes[name] for name in names)
-        return ParamSpec(shape, names, init, f"{hf_name}.weight", inputs)
-
-    def norm(hf_name: str, axes: str) -> ParamSpec:
-        return leaf(hf_name, axes, init="ones")
-
-    layer, attention = "model.layers.{layer}", "model.layers.{layer}.self_attn"
-    specs: dict[Path, ParamSpec] = {
-        ("embed",): leaf("model.embed_tokens", "vocab embed"),
-        ("layers", "attention_norm", "scale"): norm(f"{layer}.input_layernorm", "layers embed"),
-        ("layers", "attention", "query"): leaf(
-            f"{attention}.q_proj", "layers embed heads head_dim", inputs=1
-        ),
-        ("layers", "attention", "key"): leaf(
-            f"{attention}.k_proj", "layers embed kv_heads head_dim", inputs=1
-        ),
-        ("layers", "attention", "value"): leaf(
-            f"{attention}.v_proj", "layers embed kv_heads head_dim", inputs=1
-        ),
-        ("layers", "attention", "output"): leaf(
-            f"{attention}.o_proj", "layers heads head_dim embed", inputs=2
-        ),
-        ("layers", "attention", "query_norm"): norm(f"{attention}.q_norm", "layers head_dim"),
-        ("layers", "attention", "key_norm"): norm(f"{attention}.k_norm", "layers head_dim"),
-        ("layers", "mlp_norm", "scale"): norm(f"{layer}.post_attention_layernorm", "layers embed"),
-        ("layers", "mlp", "gate"): leaf(f"{layer}.mlp.gate_proj", "layers embed mlp", inputs=1),
-        ("layers", "mlp", "up"): leaf(f"{layer}.mlp.up_proj", "layers embed mlp", inputs=1),
-        ("layers", "mlp", "down"): leaf(f"{layer}.mlp.down_proj", "layers mlp embed", inputs=1),
-        ("final_norm", "scale"): norm("model.norm", "embed"),
-    }
+    table = _Table(c)
+    table.add("embed", "vocab embed", "model.embed_tokens.weight")
+    table.attention()
+    table.norms()
+    if c.moe is None:
+        table.mlp()
+    else:
+        table.experts()
+    table.norm("final_norm/scale", "embed", "model.norm.weight")
     if not c.tied_embeddings:
-        specs["lm_head",] = leaf("lm_head", "embed vocab", inputs=1)
+        table.add("lm_head", "embed vocab", "lm_head.weight", inputs=1)
+    return table.specs
+
+
+def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
+    """The adapter leaves: for each target W [in, out] a pair A [in, rank] and B [rank, out].
+
+    W + alpha / rank * A B (Hu et al. 2021, arXiv:2106.09685). B starts as zeros, so that training
+    starts from the model as it is. Names are those of PEFT.
+
+    Raises:
+      UserError: a target that no layer has, or whose weights are stacked over experts.
+    """
+    specs: dict[Path, ParamSpec] = {}
+    linear = {
+        path: spec
+        for path, spec in param_specs(c).items()
+        if spec.inputs and "{layer}" in spec.hf_name and "experts" not in spec.axes
+    }
+    known = {spec.module for spec in linear.values()} - {"gate", "router"}
+    targets = known if lora.targets == ("all-linear",) else set(lora.targets)
+    unknown = sorted(targets - known)
+    if unknown:
+        raise UserError(
+            f"lora.targets: {', '.join(unknown)} is not a linear layer that can be adapted here; "
+            f"this model has {', '.join(sorted(known))}"
+        )
+    for path, spec in linear.items():
+        if spec.module not in targets:
+            continue
+        assert spec.inputs
+        name = "base_model.model." + spec.hf_name.removesuffix(".weight")
+        into, out = 1 + spec.inputs, 1 + spec.inputs
+        layers, rank = spec.shape[0], lora.rank
+        # The parts of a fused projection share one A, and their B tile one matrix.
+        specs[(*path[:-1], f"{spec.module}_lora_a")] = ParamSpec(
+            (*spec.shape[:into], rank),
+            (*spec.axes[:into], "rank"),
+            "lora_a",
+            f"{name}.lora_A.weight",
+            spec.inputs,
+        )
+        specs[(*path[:-1], f"{path[-1]}_lora_b")] = ParamSpec(
+            (layers, rank, *spec.shape[out:]),
+            ("layers", "rank", *spec.axes[out:]),
+            "zeros",
+            f"{name}.lora_B.weight",
+            1,
+            spec.row,
+        )
     return specs
+
+
+def tree_of(leaves: dict[Path, Any]) -> Any:
+    """A nested dict from a flat one keyed by path."""
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+class _Table:
+    """`param_specs` in the making."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        self.c, self.specs = c, {}
+        self.sizes = {
+            "layers": c.num_layers,
+            "vocab": c.vocab_size,
+            "embed": c.hidden_size,
+            "heads": c.num_heads,
+            "kv_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+            "mlp": c.moe.intermediate_size if c.moe else c.intermediate_size,
+            "experts": c.moe.num_experts if c.moe else 0,
+        }
+
+    def add(
+        self,
+        path: str,
+        axes: str,
+        hf_name: str,
+        inputs: int | None = None,
+        init: Init = "normal",
+        row: int = 0,
+    ) -> None:
+        names = tuple(axes.split())
+        if names[0] == "layers":
+            path, hf_name = f"layers/{path}", f"model.layers.{{layer}}.{hf_name}"
+        shape = tuple(2 * self.sizes["mlp"] if n == "2mlp" else self.sizes[n] for n in names)
+        names = tuple(name.removeprefix("2") for name in names)
+        self.specs[tuple(path.split("/"))] = ParamSpec(shape, names, init, hf_name, inputs, row)
+
+    def norm(self, path: str, axes: str, hf_name: str, inputs: int | None = None) -> None:
+        # Gemma scales by 1 + w.
+        self.add(path, axes, hf_name, inputs, "zeros" if self.c.norm_offset else "ones")
+
+    def linear(self, path: str, axes: str, module: str, inputs: int, bias: bool, row: int = 0):
+        self.add(path, axes, f"{module}.weight", inputs, row=row)
+        if bias:
+            outputs = " ".join(["layers", *axes.split()[1 + inputs :]])
+            self.add(f"{path}_bias", outputs, f"{module}.bias", 0, "zeros", row)
+
+    def attention(self) -> None:
+        c, row = self.c, 0
+        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+            module = "qkv_proj" if c.fused_projections else f"{name[0]}_proj"
+            self.linear(
+                f"attention/{name}",
+                f"layers embed {heads} head_dim",
+                f"self_attn.{module}",
+                1,
+                c.qkv_bias,
+                row,
+            )
+            row += self.sizes[heads] * c.head_dim if c.fused_projections else 0
+        self.linear(
+            "attention/output", "layers heads head_dim embed", "self_attn.o_proj", 2, c.output_bias
+        )
+        if c.qk_norm == "head":
+            self.norm("attention/query_norm", "layers head_dim", "self_attn.q_norm.weight")
+            self.norm("attention/key_norm", "layers head_dim", "self_attn.k_norm.weight")
+        elif c.qk_norm == "all":
+            self.norm("attention/query_norm", "layers heads head_dim", "self_attn.q_norm.weight", 0)
+            self.norm(
+                "attention/key_norm", "layers kv_heads head_dim", "self_attn.k_norm.weight", 0
+            )
+        if c.attention_sinks:
+            self.add("attention/sinks", "layers heads", "self_attn.sinks")
+
+    def norms(self) -> None:
+        names = {
+            "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+            "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+            "both": (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
+            ),
+        }[self.c.norm_placement]
+        places = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+        for place, name in zip(places, names, strict=True):
+            if name:
+                self.norm(f"{place}/scale", "layers embed", f"{name}.weight")
+
+    def mlp(self) -> None:
+        c, row = self.c, 0
+        for name in ("gate", "up"):
+            module = "gate_up_proj" if c.fused_projections else f"{name}_proj"
+            self.linear(f"mlp/{name}", "layers embed mlp", f"mlp.{module}", 1, c.mlp_bias, row)
+            row += c.intermediate_size if c.fused_projections else 0
+        self.linear("mlp/down", "layers mlp embed", "mlp.down_proj", 1, c.mlp_bias)
+
+    def experts(self) -> None:
+        assert self.c.moe
+        if self.c.moe.layout == "gpt_oss":
+            # Matrices are [in, out] there, stacked over experts, gate and up interleaved.
+            self.linear("moe/router", "layers embed experts", "mlp.router", 1, True)
+            for name, hf in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+                into, out = ("embed", "2mlp") if name == "gate_up" else ("mlp", "embed")
+                where = f"mlp.experts.{hf}"
+                self.add(f"moe/{name}", f"layers experts {into} {out}", where)
+                self.add(f"moe/{name}_bias", f"layers experts {out}", f"{where}_bias", init="zeros")
+            return
+        block, names = {
+            "qwen3": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+            "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+        }[self.c.moe.layout]
+        self.add("moe/router", "layers embed experts", f"{block}.gate.weight", 1)
+        for name, hf in zip(("gate", "up", "down"), names, strict=True):
+            axes = "mlp embed" if name == "down" else "embed mlp"
+            where = f"{block}.experts.{{expert}}.{hf}.weight"
+            self.add(f"moe/{name}", f"layers experts {axes}", where, 1)
