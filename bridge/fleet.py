@@ -72,7 +72,7 @@ class Fleet:
         self._settings = settings
         self._engine_settings = engine_settings
         self._model = model if isinstance(model, str) else dict(model)
-        self._expected = [[name, dtype, list(shape)] for name, dtype, shape in expected]
+        self._expected = _plain(expected)
         self._roster = Roster()
         self._owns_ray = False
         self._ready_by = 0.0
@@ -140,13 +140,15 @@ class Fleet:
         """The engines that left the fleet, and why."""
         return self._roster.failures
 
-    def stage(self, ticket: Ticket) -> dict[str, FleetError | None]:
+    def stage(self, ticket: Ticket, expected: Expected | None = None) -> dict[str, Any]:
         """Has every live engine fetch and check a version, while it serves the old one.
 
-        The value is the reason of an engine that refuses; it serves on.
+        The value is None, or the reason of an engine that refuses; it serves on. `expected`: what
+        this one version must hold, where it is not what every version must.
         """
         deadline_s = self._settings.update_timeout_s * _FETCH_SHARE
-        outcomes = self._ask("stage", ticket.to_json(), self._expected, deadline_s)
+        wanted = self._expected if expected is None else _plain(expected)
+        outcomes = self._ask("stage", ticket.to_json(), wanted, deadline_s)
         return {n: out if isinstance(out, FleetError) else None for n, out in outcomes.items()}
 
     def commit(self, version: int) -> dict[str, dict[str, Any] | FleetError]:
@@ -324,3 +326,7 @@ def _how_it_died(error: RayActorError) -> str:
 def _cause(error: Exception) -> str:
     """The engine's own sentence, without Ray's account of how it travelled."""
     return str(error.cause) if isinstance(error, RayTaskError) else str(error)
+
+
+def _plain(expected: Expected) -> list[list[Any]]:
+    return [[name, dtype, list(shape)] for name, dtype, shape in expected]

@@ -1,16 +1,17 @@
 """One version of the weights, published as a transaction. The trainer half: jax, no torch."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from bridge.channels import Channel, Ticket
 from bridge.export import Exporter
-from bridge.wire import pack
+from bridge.wire import HostTensor, Manifest, pack
 from jaxrl.types import PublishReport, RunError
 
+Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
 Score = Callable[[Any, Sequence[int]], np.ndarray]  # (params, tokens) -> log-probs, float32 [t]
 
 
@@ -21,7 +22,9 @@ class Engines(Protocol):
     wrong on it.
     """
 
-    def stage(self, ticket: Ticket) -> Mapping[str, Exception | None]: ...
+    def stage(
+        self, ticket: Ticket, expected: Expected | None = None
+    ) -> Mapping[str, Exception | None]: ...
     def commit(self, version: int) -> Mapping[str, dict[str, Any] | Exception]: ...
     def score(self, tokens: Sequence[int]) -> Mapping[str, np.ndarray | Exception]: ...
     def admit(self, names: Sequence[str], version: int) -> None: ...
@@ -63,10 +66,41 @@ class Publisher:
           bridge.channels.ChannelError: the channel could not carry the version.
         """
         start = time.perf_counter()
-        manifest, buckets = pack(version, self._export(params), self._bucket_bytes)
-        ticket = self._channel.publish(manifest, buckets)
         failed: dict[str, str] = {}
-        _answers(self._engines.stage(ticket), failed)
+        manifest, loaded = self._carry(self._export(params), version, failed)
+        difference = self._prove(params, loaded - failed.keys(), failed)
+        proven = self._survivors(loaded, version, failed)
+        self._engines.admit(proven, version)
+        seconds = time.perf_counter() - start
+        return PublishReport(
+            version, manifest.digest, manifest.nbytes, seconds, len(proven), difference
+        )
+
+    def publish_frozen(
+        self, tensors: Iterable[HostTensor], expected: Expected, version: int
+    ) -> None:
+        """Carries the weights that never change, ahead of the first version of those that do.
+
+        Nothing is admitted yet: an engine proves itself with the two together.
+
+        Raises:
+          PublishError, bridge.channels.ChannelError: as `publish`.
+        """
+        failed: dict[str, str] = {}
+        _, loaded = self._carry(tensors, version, failed, expected)
+        self._survivors(loaded, version, failed)
+
+    def _carry(
+        self,
+        tensors: Iterable[HostTensor],
+        version: int,
+        failed: dict[str, str],
+        expected: Expected | None = None,
+    ) -> tuple[Manifest, set[str]]:
+        """Stages and commits; returns the engines that say they loaded just what was sent."""
+        manifest, buckets = pack(version, tensors, self._bucket_bytes)
+        ticket = self._channel.publish(manifest, buckets)
+        _answers(self._engines.stage(ticket, expected), failed)
         acknowledged = _answers(self._engines.commit(version), failed)
         for name, said in acknowledged.items():
             if (said["version"], said["digest"]) != (version, manifest.digest):
@@ -74,19 +108,16 @@ class Publisher:
                     f"acknowledged version {said['version']} with digest {said['digest']}, "
                     f"published was {version} with {manifest.digest}"
                 )
-        difference = self._prove(params, acknowledged.keys() - failed.keys(), failed)
+        return manifest, acknowledged.keys() - failed.keys()
 
-        proven = sorted(acknowledged.keys() - failed.keys())
+    def _survivors(self, names: set[str], version: int, failed: dict[str, str]) -> list[str]:
+        proven = sorted(names - failed.keys())
         report = "; ".join(f"{name}: {why}" for name, why in sorted(failed.items()))
         if not proven:
             raise PublishError(f"weight version {version}: no engine serves it ({report})")
         if failed:
             self._warn(f"weight version {version}: left out {report}")
-        self._engines.admit(proven, version)
-        seconds = time.perf_counter() - start
-        return PublishReport(
-            version, manifest.digest, manifest.nbytes, seconds, len(proven), difference
-        )
+        return proven
 
     def _prove(self, params: Any, names: set[str], failed: dict[str, str]) -> float:
         """Largest difference of log-probs on the probe among the engines that pass, nats."""

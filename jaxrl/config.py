@@ -40,6 +40,22 @@ class ModelSection(Section):
         "compute activations again in the backward pass instead of keeping them: a fraction of the "
         "memory for up to a third more arithmetic",
     )
+    ignore_config_fields: list[str] = knob(
+        [],
+        "fields of the model's config.json that are not known here and that you know to change "
+        "nothing in what it computes; any other unknown field is refused",
+    )
+
+
+class LoraSection(Section):
+    rank: int = knob(0, "rank of the adapters; 0: no adapters, all weights are trained", ge=0)
+    alpha: float = knob(32.0, "adapters are scaled by alpha / rank", gt=0.0)
+    targets: list[str] = knob(
+        ["all-linear"],
+        "linear layers that get an adapter, by their Hugging Face names (q_proj, down_proj, ...); "
+        "all-linear: every one but the router, the experts, the embedding and the head",
+        min_length=1,
+    )
 
 
 class DataSection(Section):
@@ -209,6 +225,7 @@ class LogSection(Section):
 class Config(Section):
     run: RunSection
     model: ModelSection
+    lora: LoraSection = LoraSection()
     data: DataSection
     reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
@@ -248,7 +265,9 @@ class Config(Section):
         """What crosses the bridge and what is exported at the end, `auto` resolved."""
         if self.publish.dtype != "auto":
             return self.publish.dtype
-        exact = self.rollout.engine == "inprocess" or self.engine_dtype == "float32"
+        # Adapters are small, and bfloat16 would lose most of what one step changes in them.
+        adapters = self.lora.rank > 0
+        exact = adapters or self.rollout.engine == "inprocess" or self.engine_dtype == "float32"
         return "float32" if exact else "bfloat16"
 
     @property

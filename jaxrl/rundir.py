@@ -73,6 +73,10 @@ class RunDir:
         return self.path / "export"
 
     @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
     def weights(self) -> Path:
         return self.path / "weights"
 

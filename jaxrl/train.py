@@ -9,6 +9,7 @@ command line; 128 + n ended by signal n, after a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import signal
 import sys
@@ -33,13 +34,16 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.collect import Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.metrics import RunLog
-    from jaxrl.models.config import DecoderConfig
-    from jaxrl.models.decoder import Policy
+    from jaxrl.models.config import DecoderConfig, LoraConfig
+    from jaxrl.models.decoder import Params, Policy
+    from jaxrl.models.params import ParamSpec
+    from jaxrl.models.params import Path as ParamPath
     from jaxrl.report import Summary
     from jaxrl.rewards import Reward
     from jaxrl.rundir import RunDir
     from jaxrl.update import TrainState, Update
 
+FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
 MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
 
 
@@ -193,8 +197,9 @@ def train(command: Command) -> int:
 
     c = command.config
     model_dir = find_model(c.model.path)
-    decoder = load_config(model_dir)
+    decoder = load_config(model_dir, c.model.ignore_config_fields)
     check_lengths(c, decoder)
+    trained_specs(c, decoder)  # refuses an adapter for a layer that the model does not have
     tokenizer = load_tokenizer(model_dir, decoder)
     stream, held_out = open_data(c, tokenizer)
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
@@ -209,7 +214,6 @@ def train(command: Command) -> int:
             fleet = start_fleet(c, model_dir, decoder)
             cleanup.callback(fleet.close)
 
-        from bridge.checkpoints import save_model
         from jaxrl import checkpoint
         from jaxrl.metrics import RunLog
         from jaxrl.sampler import InProcessEngine
@@ -217,7 +221,7 @@ def train(command: Command) -> int:
         learner = build_learner(c, model_dir, decoder)
         state, first_step, last_version = learner.state, 0, 0
         if command.resume:
-            state, first_step, last_version = resume(run_dir, state, stream, data_fingerprint)
+            state, first_step, last_version = resume(run_dir, learner, stream, data_fingerprint)
             if first_step >= c.run.steps:
                 raise UserError(
                     f"{run_dir.path}: the run is complete, {first_step} of run.steps = "
@@ -237,18 +241,20 @@ def train(command: Command) -> int:
                 "cursor": stream.cursor,
                 "version": version,
                 "data_fingerprint": data_fingerprint,
+                "frozen_fingerprint": learner.frozen_fingerprint,
                 "config": c.model_dump(mode="json"),
             }
             checkpoint.save(run_dir.checkpoints, step, state, host, c.checkpoint.keep)
 
+        next_version = VersionCounter(run_dir.weight_version_file, floor=last_version).next
         if fleet is None:
-            engines: Any = InProcessEngine(learner.policy)
+            engines: Any = InProcessEngine(learner.policy, learner.frozen)
             publish = engines.publish
         else:
             for info in fleet.wait_ready():
                 print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
             engines = fleet
-            publish = connect_bridge(c, learner, fleet, run_dir, held_out, stream)
+            publish = connect_bridge(c, learner, fleet, run_dir, held_out, stream, next_version)
         parts = Parts(
             config=c,
             stream=stream,
@@ -257,7 +263,7 @@ def train(command: Command) -> int:
             reward=reward,
             engines=engines,
             publish=publish,
-            next_version=VersionCounter(run_dir.weight_version_file, floor=last_version).next,
+            next_version=next_version,
             update=learner.update,
             save=save,
             log=log,
@@ -266,7 +272,7 @@ def train(command: Command) -> int:
         state = run(parts, state, first_step, interrupt)
         finished = int(state.step) >= c.run.steps
         if finished:
-            save_model(learner.export(state.params), model_dir, run_dir.export)
+            learner.save(state.params, c.model.path, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
@@ -276,9 +282,39 @@ class Learner:
     """The policy on its mesh, and what is compiled for it."""
 
     policy: Policy
+    lora: LoraConfig | None
+    specs: dict[ParamPath, ParamSpec]  # of the whole policy
+    trained: dict[ParamPath, ParamSpec]  # of what trains: the whole policy, or adapters
+    frozen: Params | None  # with adapters: the weights beside them
     state: TrainState
     update: Update
-    export: Exporter  # for every publish, and for the directory at the end
+    export: Exporter  # of what trains, for every publish
+
+    @functools.cached_property
+    def export_whole(self) -> Exporter:
+        from bridge.export import make_exporter
+
+        return self.export if self.lora is None else make_exporter(self.specs, FROZEN_DTYPE)
+
+    @functools.cached_property
+    def frozen_fingerprint(self) -> int:
+        from jaxrl.models.lora import fingerprint
+
+        return 0 if self.frozen is None else int(fingerprint(self.frozen))
+
+    def save(self, params: Params, model_path: str, run_dir: RunDir) -> None:
+        """What the run was for: a Hugging Face directory, and of adapters a PEFT one as well."""
+        from bridge.checkpoints import save_model
+        from bridge.peft import adapter_config, save_adapter
+        from jaxrl.model_dir import find_model
+        from jaxrl.models.lora import merged_params, with_adapters
+
+        if self.lora is not None:
+            settings = adapter_config(self.lora, self.trained, model_path)
+            save_adapter(self.export(params), settings, run_dir.adapter)
+            whole = with_adapters(self.frozen or {}, params)
+            params = merged_params(self.specs, self.lora, whole)
+        save_model(self.export_whole(params), find_model(model_path), run_dir.export)
 
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
@@ -287,22 +323,54 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
 
     from bridge.checkpoints import load_params
     from bridge.export import make_exporter
-    from jaxrl.mesh import make_mesh, param_shardings
-    from jaxrl.models.decoder import Policy
+    from jaxrl.mesh import kept_whole, make_mesh, param_shardings
+    from jaxrl.models.decoder import Policy, init_params
     from jaxrl.models.params import param_specs
     from jaxrl.update import init_state, make_optimizer, make_update
 
     compute = c.model.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    mesh = make_mesh(c.mesh)
-    specs = param_specs(decoder)
-    policy = Policy(decoder, jnp.dtype(compute), c.model.remat)
-    params = load_params(model_dir, specs, param_shardings(specs, mesh))
+    mesh, lora = make_mesh(c.mesh), lora_config(c)
+    specs, trained = param_specs(decoder), trained_specs(c, decoder)
+    shardings = param_shardings(specs, mesh)
+    for line in kept_whole(specs, mesh):
+        print(f"mesh: {line}")
+    if lora is None:
+        frozen, params = None, load_params(model_dir, specs, shardings)
+    else:
+        frozen = load_params(model_dir, specs, shardings, FROZEN_DTYPE)
+        start = jax.jit(
+            lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
+        )
+        params = start(jax.random.key(c.run.seed))
+    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
     optimizer = make_optimizer(c.optimizer)
-    update = make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh)
-    state = init_state(params, optimizer, mesh)
-    return Learner(policy, state, update, make_exporter(specs, c.wire_dtype))
+    return Learner(
+        policy,
+        lora,
+        specs,
+        trained,
+        frozen,
+        init_state(params, optimizer, mesh),
+        make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh, frozen),
+        make_exporter(trained, c.wire_dtype),
+    )
+
+
+def lora_config(c: Config) -> LoraConfig | None:
+    from jaxrl.models.config import LoraConfig
+
+    if not c.lora.rank:
+        return None
+    return LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
+
+
+def trained_specs(c: Config, decoder: DecoderConfig) -> dict[ParamPath, ParamSpec]:
+    from jaxrl.models.params import lora_specs, param_specs
+
+    lora = lora_config(c)
+    return param_specs(decoder) if lora is None else lora_specs(decoder, lora)
 
 
 def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
@@ -316,9 +384,10 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
         ) from None
     from bridge.engines.vllm import EngineSettings
     from bridge.names import expected_tensors
+    from bridge.peft import adapter_config
     from jaxrl.model_dir import engine_files
-    from jaxrl.models.params import param_specs
 
+    lora, trained = lora_config(c), trained_specs(c, decoder)
     fleet = Fleet(
         FleetSettings(
             engines=c.vllm.engines,
@@ -338,9 +407,10 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             gpu_memory_utilization=c.vllm.gpu_memory_utilization,
             tensor_parallel=c.vllm.tensor_parallel,
             enforce_eager=c.vllm.enforce_eager,
+            lora=None if lora is None else adapter_config(lora, trained, c.model.path),
         ),
         engine_files(model_dir),
-        expected_tensors(param_specs(decoder), c.wire_dtype),
+        expected_tensors(trained, c.wire_dtype),
     )
     fleet.start()
     return fleet
@@ -353,10 +423,12 @@ def connect_bridge(
     run_dir: RunDir,
     held_out: list[Prompt],
     stream: PromptStream,
+    next_version: Callable[[], int],
 ) -> Publish:
     """What carries each version from the learner to the engines, and proves that it arrived."""
     from bridge.channels.object_store import ObjectStoreChannel
     from bridge.channels.shuttle import ShuttleChannel
+    from bridge.names import expected_tensors
     from bridge.publisher import Publisher
     from jaxrl.sampler import make_score
 
@@ -369,17 +441,20 @@ def connect_bridge(
         learner.export,
         channel,
         fleet,
-        make_score(learner.policy),
+        make_score(learner.policy, learner.frozen),
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
         bucket_bytes=c.publish.bucket_mib << 20,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
     )
+    if learner.frozen is not None:
+        expected = expected_tensors(learner.specs, FROZEN_DTYPE)
+        publisher.publish_frozen(learner.export_whole(learner.frozen), expected, next_version())
     return publisher.publish
 
 
 def resume(
-    run_dir: RunDir, state: TrainState, stream: PromptStream, data_fingerprint: str
+    run_dir: RunDir, learner: Learner, stream: PromptStream, data_fingerprint: str
 ) -> tuple[TrainState, int, int]:
     """State, step and weight version of the newest verified checkpoint; or those of a fresh run."""
     import jax
@@ -389,18 +464,23 @@ def resume(
     for change in run_dir.changes:
         print(f"resuming with {change}")
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), learner.state
     )
     restored = checkpoint.restore_newest(run_dir.checkpoints, abstract)
     if restored is None:
         print("no checkpoint was written yet: starting from the first step")
-        return state, 0, 0
+        return learner.state, 0, 0
     for line in restored.rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if restored.host["data_fingerprint"] != data_fingerprint:
         raise UserError(
             f"{run_dir.path}: the data is not what this run was trained on so far (another file, "
             "or other data.* keys); bring it back, or start a new run"
+        )
+    if restored.host["frozen_fingerprint"] != learner.frozen_fingerprint:
+        raise UserError(
+            f"{run_dir.path}: the weights in model.path are not those that these adapters were "
+            "trained beside; bring them back, or start a new run"
         )
     stream.cursor = restored.host["cursor"]
     print(f"resumed after step {restored.step}")
@@ -433,6 +513,8 @@ def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished:
     }
     if finished:
         outputs["policy, as a Hugging Face directory"] = run_dir.export
+        if command.config.lora.rank:
+            outputs["adapters, as a PEFT directory"] = run_dir.adapter
         arguments.append(f"--run.steps={2 * command.config.run.steps}")
     ended = "finished" if finished else f"ended by {signal.Signals(interrupt.signal).name}"
     python = Path(sys.executable)

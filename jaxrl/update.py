@@ -13,6 +13,7 @@ from jaxrl.config import AlgorithmSection, OptimizerSection
 from jaxrl.losses import grpo_loss, token_logprobs
 from jaxrl.mesh import batch_sharding
 from jaxrl.models.decoder import Params, Policy
+from jaxrl.models.lora import with_adapters
 from jaxrl.types import TrainBatch
 
 
@@ -68,8 +69,11 @@ def make_update(
     algorithm: AlgorithmSection,
     temperature: float,
     mesh: Mesh,
+    frozen: Params | None = None,
 ) -> Update:
     """Returns update(state, batch) -> (state, metrics). The state passed in is consumed.
+
+    With `frozen` weights the state's parameters are adapters, and only they change.
 
     One update a batch: the proximal policy is the current one, so the ratio is 1 and what differs
     from the engine is left to the importance weight (algorithm.correction).
@@ -81,8 +85,10 @@ def make_update(
     """
     cap = algorithm.correction_cap if algorithm.correction == "token_tis" else None
 
-    def loss_fn(params: Params, batch: TrainBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = policy.logits(params, batch.tokens_BT)
+    def loss_fn(
+        params: Params, frozen: Params, batch: TrainBatch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits_BTV = policy.logits(with_adapters(frozen, params), batch.tokens_BT)
         logprobs_BT, entropy_BT = token_logprobs(logits_BTV, batch.tokens_BT, temperature)
         loss, metrics = grpo_loss(
             logprobs_BT,
@@ -96,8 +102,12 @@ def make_update(
         entropy = (entropy_BT * batch.loss_mask_BT).sum() / jnp.maximum(tokens, 1.0)
         return loss, metrics | {"entropy": entropy, "tokens/trained": tokens}
 
-    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    def step(
+        state: TrainState, batch: TrainBatch, frozen: Params
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, frozen, batch
+        )
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(changes)
@@ -121,7 +131,7 @@ def make_update(
         }
         return state, metrics
 
-    compiled: dict[Any, Update] = {}
+    compiled: dict[Any, Callable] = {}
 
     def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
@@ -131,6 +141,6 @@ def make_update(
             compiled[None] = jax.jit(
                 step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))
             )
-        return compiled[None](state, batch)
+        return compiled[None](state, batch, {} if frozen is None else frozen)
 
     return update
