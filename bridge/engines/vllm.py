@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class EngineSettings:
     tensor_parallel: int = 1
     enforce_eager: bool = False
     load_format: Literal["dummy", "auto"] = "dummy"  # dummy: weights come over the bridge
+    lora: dict[str, Any] | None = None  # PEFT's adapter_config, of every adapter that will come
     seed: int = 0
 
 
@@ -86,6 +87,9 @@ class VllmEngine:
     A new version is staged while the old one serves, and committed in a pause of milliseconds.
     Whatever fails before the commit leaves the old version serving; a commit that fails shuts the
     engine down, because half a version must not serve.
+
+    With `EngineSettings.lora` a version is either the model's weights, which come first, or an
+    adapter's tensors by PEFT's names, which then take each other's place on frozen weights.
     """
 
     def __init__(self, name: str, settings: EngineSettings, model: str | dict[str, bytes]):
@@ -98,6 +102,9 @@ class VllmEngine:
         self._vocab_size = 0
         self._version: int | None = None  # acknowledged; None until weights were loaded
         self._staged: int | None = None
+        self._staged_adapter = False
+        self._adapted = False  # whether an adapter was ever loaded: the weights are frozen
+        self._lora_request: Any = None  # what every request carries, where there are adapters
         self._updating = asyncio.Lock()
 
     async def start(self) -> dict[str, Any]:
@@ -110,7 +117,7 @@ class VllmEngine:
         try:
             import vllm
 
-            self._llm = await self._build()
+            await self._build()
             # Some models are refused only by the first forward pass.
             await self._run([0], _sampling_params(_TRIAL))
         except Exception as error:  # vLLM raises whatever its many parts raise
@@ -131,7 +138,7 @@ class VllmEngine:
             "node": os.uname().nodename,
         }
 
-    async def _build(self) -> Any:
+    async def _build(self) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -146,9 +153,10 @@ class VllmEngine:
             cores = [str(rank) for rank in range(settings.tensor_parallel)]
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
         dtype: Any = settings.dtype  # vLLM checks it, and says what it may be
-        optional = {
+        optional: dict[str, Any] = {
             "kv_cache_memory_bytes": settings.kv_cache_bytes,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
+            **_adapter_arguments(settings.lora),
         }
         if current_platform.is_cpu():
             # A prompt split over two steps takes back its generator's first draw, which torch's
@@ -177,9 +185,27 @@ class VllmEngine:
             worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
             **{name: value for name, value in optional.items() if value is not None},
         )
-        llm = AsyncLLM.from_engine_args(args)
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        return llm
+        # Kept from here on, so that whatever fails next, `shutdown` ends the processes behind it.
+        self._llm = AsyncLLM.from_engine_args(args)
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        if settings.lora is not None:
+            if current_platform.is_cpu() and self._llm.model_config.is_moe:
+                # Its own kernel for experts has no adapters, and it then takes one for GPUs.
+                raise ValueError("on CPU vLLM has no adapters for a mixture of experts; use a GPU")
+            await self._start_adapter()
+
+    async def _start_adapter(self) -> None:
+        """Loads an adapter of zeros, so that every request has one from the first on.
+
+        A batch in which only some requests have an adapter is computed wrong by vLLM 0.32.
+        """
+        from vllm.lora.request import LoRARequest
+
+        from bridge.engines.weight_transfer import ADAPTER_ID
+
+        # The path is for an adapter that is not loaded; there is none, and a read would fail.
+        self._lora_request = LoRARequest("bridge", ADAPTER_ID, "/dev/null")
+        await self._llm.collective_rpc("bridge_load_adapter", args=(self._settings.lora,))
 
     def _model_directory(self) -> str:
         if isinstance(self._model, str):
@@ -198,24 +224,45 @@ class VllmEngine:
 
         Args:
           ticket_json: a `channels.Ticket`.
-          expected: [[name, dtype, shape], ...] of every tensor that a version has.
+          expected: [[name, dtype, shape], ...] of every tensor that the version has: all of the
+            model's, or all of an adapter's.
           deadline_s: for the bytes to arrive; checking them may take as long again.
 
         Raises:
-          EngineError: the version is late, torn, incomplete or not the model's. The engine serves
-            on, and the next `stage` starts afresh.
+          EngineError: the version is late, torn, incomplete, not the model's, or an adapter where
+            there can be none. The engine serves on, and the next `stage` starts afresh.
         """
         from bridge.channels import Ticket
+        from bridge.engines.weight_transfer import ADAPTER_PREFIX
 
         ticket = Ticket.from_json(ticket_json)
+        adapter = any(name.startswith(ADAPTER_PREFIX) for name, _, _ in expected)
         async with self._updating:
             started = time.perf_counter()
             with self._plain_errors():
                 await self._abort()
+                self._check_order(ticket.version, adapter)
                 await self._llm.start_weight_update()
                 await self._receive(ticket_json, expected, deadline_s)
-            self._staged = ticket.version
+            self._staged, self._staged_adapter = ticket.version, adapter
             return {"version": ticket.version, "stage_s": time.perf_counter() - started}
+
+    def _check_order(self, version: int, adapter: bool) -> None:
+        where = f"{self._name}: weight version {version}"
+        if adapter and self._settings.lora is None:
+            raise EngineError(
+                f"{where} is an adapter, and this engine takes none; set EngineSettings.lora"
+            )
+        if adapter and self._version is None:
+            raise EngineError(
+                f"{where} is an adapter, and there are no weights under it yet; publish those of "
+                "the model first"
+            )
+        if self._adapted and not adapter:
+            raise EngineError(
+                f"{where} has the model's weights, which are frozen once an adapter was loaded; "
+                "publish an adapter, or start a new engine"
+            )
 
     async def _receive(self, ticket_json: str, expected: list[list[Any]], deadline_s: float):
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -247,8 +294,13 @@ class VllmEngine:
             try:
                 await self._llm.pause_generation(mode="keep", clear_cache=True)
                 await self._llm.finish_weight_update(weight_version=str(version))
+                if self._settings.lora is not None:  # finishing unloads the adapter
+                    await self._llm.collective_rpc(
+                        "bridge_load_adapter", args=(self._settings.lora,)
+                    )
                 loaded = await self._agreed(version)
                 self._version = version
+                self._adapted |= self._staged_adapter
                 await self._llm.resume_generation()
             except Exception as error:  # whatever it was, the weights are not known any more
                 await self.shutdown()
@@ -349,7 +401,10 @@ class VllmEngine:
 
     async def _run(self, tokens: list[int], params: Any) -> Any:
         prompt = {"prompt_token_ids": list(tokens)}
-        async for output in self._llm.generate(prompt, params, uuid.uuid4().hex):
+        results = self._llm.generate(
+            prompt, params, uuid.uuid4().hex, lora_request=self._lora_request
+        )
+        async for output in results:
             if output.finished:
                 return output
         raise EngineError(f"{self._name}: vLLM ended a request without a result")
@@ -426,6 +481,25 @@ class VllmEngine:
 
 
 _TRIAL = {"n": 1, "seed": 0, "temperature": 1.0, "max_new_tokens": 1, "stop_tokens": []}
+
+
+def _adapter_arguments(lora: dict[str, Any] | None) -> dict[str, Any]:
+    """What vLLM is started with for adapters of this PEFT configuration."""
+    if lora is None:
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
+
+    rank = PEFTHelper.from_dict(lora).r  # says what is missing
+    ranks = [most for most in get_args(MaxLoRARanks) if most >= rank]
+    if not ranks:
+        raise ValueError(f"LoRA rank {rank}: vLLM takes at most {max(get_args(MaxLoRARanks))}")
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(ranks),
+        "lora_target_modules": list(lora["target_modules"]),
+    }
 
 
 def _sampling_params(request: dict[str, Any]) -> Any:

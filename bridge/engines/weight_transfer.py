@@ -8,12 +8,17 @@ loads. So a refused update costs nothing.
 An update has at most three steps, each in vLLM's protocol: start (no-op), update (`receive_weights`
 checks the staged version, or refuses it), finish (load). Fetching and hashing happen in a thread,
 begun by `BridgeWorker.bridge_prefetch`, so that decoding goes on meanwhile.
+
+A version is either the model's weights or a LoRA adapter's. vLLM unloads every adapter when it
+finishes an update, so an adapter is loaded after that, by `BridgeWorker.bridge_load_adapter`.
 """
 
 import dataclasses
+import itertools
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +27,26 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _layerwise_process,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 from bridge import channels, torch_view, wire
+
+ADAPTER_ID = 1  # vLLM's number for the one adapter; every request names it
+ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in PEFT's files, and of no model's
+
+_LORA_NAME = re.compile(rf"{re.escape(ADAPTER_PREFIX)}.+\.lora_[AB]\.weight")
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]: what a version must hold
 
@@ -59,6 +77,19 @@ class Staged:
     tensors: list[tuple[str, torch.Tensor]]
     digest: str
     seconds: float
+
+    @property
+    def is_adapter(self) -> bool:
+        return any(name.startswith(ADAPTER_PREFIX) for name, _ in self.tensors)
+
+    def loaded(self, load_s: float) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "tensors": len(self.tensors),
+            "stage_s": self.seconds,
+            "load_s": load_s,
+        }
 
 
 class Prefetch:
@@ -109,17 +140,16 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.updating = False  # whether vLLM believes that an update is under way
         self.loaded: dict[str, Any] = {}  # what the last update loaded: version, digest, tensors
         self._prefetch: Prefetch | None = None
         self._staged: Staged | None = None
+        self._direct: set[torch.nn.Module] = set()  # see _load
 
     def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
         self.drop()
-        self.updating = True
 
     def prefetch(self, ticket_json: str, deadline_s: float) -> None:
         """Begins to fetch; `receive_weights` with the same ticket takes the result."""
@@ -134,37 +164,29 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         Raises:
           UpdateRefused, WireError, ChannelError: with every reason; the old version stays.
         """
-        try:
-            ticket = channels.Ticket.from_json(update_info.ticket)
-            prefetch, self._prefetch = self._prefetch, None
-            if prefetch is None or prefetch.ticket != ticket:
-                prefetch = Prefetch(ticket, update_info.deadline_s)
-            staged = prefetch.result()
-            problems = differences(update_info.expected, staged.tensors)
-            if problems:
-                raise UpdateRefused(f"weight version {ticket.version}: " + "; ".join(problems))
-            self._staged = staged
-        except BaseException:
-            self.updating = False  # vLLM closes the update on any error that leaves this method
-            raise
+        ticket = channels.Ticket.from_json(update_info.ticket)
+        prefetch, self._prefetch = self._prefetch, None
+        if prefetch is None or prefetch.ticket != ticket:
+            prefetch = Prefetch(ticket, update_info.deadline_s)
+        staged = prefetch.result()
+        problems = differences(update_info.expected, staged.tensors)
+        if staged.is_adapter:
+            problems += _unplaced(self.model, staged.tensors)
+        if problems:
+            raise UpdateRefused(f"weight version {ticket.version}: " + "; ".join(problems))
+        self._staged = staged
 
     def finish_weight_update(self) -> None:
-        """Loads what is staged; with nothing staged it only closes the update.
+        """Loads what is staged, unless it is an adapter: `load_adapter` comes after this.
 
         An error from here leaves the model in pieces: the engine must not serve again.
         """
-        staged, self._staged = self._staged, None
-        self.updating = False
-        if staged is None:
+        if self._staged is None or self._staged.is_adapter:
             return
+        staged, self._staged = self._staged, None
         started = time.perf_counter()
         model: Any = self.model  # vLLM's models load themselves; torch's type does not say so
-        wanted = _parameters(model)
-        initialize_layerwise_reload(model)
-        wanted &= _parameters(model)  # not a tied head, nor what only exists once processed
-        loaded = model.load_weights(iter(staged.tensors))
-        # Some models do not say what they loaded.
-        missing = sorted(wanted - loaded) if loaded is not None else []
+        missing = _load(model, staged.tensors, self._direct)
         if missing:
             raise UpdateRefused(
                 f"weight version {staged.version}: the model has {len(missing)} parameters that "
@@ -172,13 +194,37 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
             )
         finalize_layerwise_reload(model, self.model_config)
         _repack_tied_embeddings(model)
-        self.loaded = {
-            "version": staged.version,
-            "digest": staged.digest,
-            "tensors": len(staged.tensors),
-            "stage_s": staged.seconds,
-            "load_s": time.perf_counter() - started,
-        }
+        self.loaded = staged.loaded(time.perf_counter() - started)
+
+    def load_adapter(self, config: dict[str, Any]) -> None:
+        """Puts the staged adapter, or one of zeros when none is staged, in the place of the old.
+
+        Args:
+          config: PEFT's adapter_config.
+        """
+        staged, self._staged = self._staged, None
+        started = time.perf_counter()
+        model: Any = self.model
+        manager = model.lora_manager
+        peft = PEFTHelper.from_dict(config)
+        peft.validate_legal(manager.lora_config)
+        if staged is None:
+            adapter = manager.create_dummy_lora(ADAPTER_ID, peft.r, model.embedding_modules)
+        else:
+            adapter = LoRAModel.from_lora_tensors(
+                ADAPTER_ID,
+                # vLLM scales what it is given in place, and what arrived must not be written.
+                {name: tensor.clone() for name, tensor in staged.tensors},
+                peft,
+                device="cpu",
+                dtype=manager.lora_config.lora_dtype,
+                weights_mapper=_renames(model),
+            )
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapter)
+        manager.activate_adapter(ADAPTER_ID)
+        if staged is not None:
+            self.loaded = staged.loaded(time.perf_counter() - started)
 
     def drop(self) -> None:
         """Forgets what is staged, and lets its memory go."""
@@ -192,6 +238,7 @@ class BridgeWorker:
     """Methods that vLLM adds to its worker class; the front end calls them by name."""
 
     weight_transfer_engine: BridgeWeightTransferEngine
+    _weight_update_active: bool  # vLLM's own mark that an update is under way
 
     def bridge_prefetch(self, ticket_json: str, deadline_s: float) -> None:
         self.weight_transfer_engine.prefetch(ticket_json, deadline_s)
@@ -203,11 +250,15 @@ class BridgeWorker:
         """What the last update loaded; see BridgeWeightTransferEngine.loaded."""
         return self.weight_transfer_engine.loaded
 
+    def bridge_load_adapter(self, config: dict[str, Any]) -> None:
+        """See BridgeWeightTransferEngine.load_adapter."""
+        self.weight_transfer_engine.load_adapter(config)
+
     def bridge_abort(self) -> None:
         """Closes an update that was not finished. The model keeps its weights."""
         self.weight_transfer_engine.drop()
-        if self.weight_transfer_engine.updating:
-            self.finish_weight_update()  # type: ignore[attr-defined]  # vLLM's worker
+        # vLLM has no other way to close one than to finish it, which unloads the adapter.
+        self._weight_update_active = False
 
 
 def differences(expected: Expected, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
@@ -226,6 +277,25 @@ def differences(expected: Expected, tensors: Sequence[tuple[str, torch.Tensor]])
         found = [f"{name} is {have[name]}, expected {want[name]}" for name in changed]
         problems.append(f"{len(changed)} tensors have another dtype or shape: {_list(found)}")
     return problems
+
+
+def _unplaced(model: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """The tensors of an adapter that belong to nothing in `model`: vLLM would ignore them."""
+    manager = model.lora_manager
+    places = {*manager.modules, *itertools.chain(*manager.packed_modules.values())}
+    lost = [
+        name
+        for name, _ in tensors
+        if not _LORA_NAME.fullmatch(name)
+        or parse_fine_tuned_lora_name(name, _renames(model))[0] not in places
+    ]
+    return [f"{len(lost)} tensors have no place in the model: {_list(lost)}"] if lost else []
+
+
+def _renames(model: Any) -> Any:
+    """What vLLM calls the model's modules, where it is not what Hugging Face does."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return None if mapper is None else mapper.get_rename_mapper()
 
 
 def _stage(ticket: channels.Ticket, deadline_s: float) -> Staged:
@@ -256,6 +326,85 @@ def _stage(ticket: channels.Ticket, deadline_s: float) -> Staged:
     return Staged(ticket.version, tensors, digest, time.perf_counter() - started)
 
 
+def _load(
+    model: Any, tensors: Sequence[tuple[str, torch.Tensor]], direct: set[torch.nn.Module]
+) -> list[str]:
+    """Loads `tensors` in a layerwise reload, and returns the parameters that got nothing.
+
+    vLLM sees only what a parameter's `weight_loader` is given. Some models copy into a parameter
+    themselves (gpt-oss: experts, attention sinks); in a reload that copy is to the meta device and
+    is lost without an error, and the old weights stay. Layers that do so are given memory to be
+    written to. `direct` remembers them: the first update finds them, and loads twice.
+    """
+    wanted = _parameters(model)
+    loaded = _load_once(model, tensors, direct)
+    wanted &= _parameters(model)  # not a tied head, nor what only exists once processed
+    unseen = {name: layer for name, layer in _awaiting(model).items() if name in wanted}
+    if loaded is None:  # some models do not say what they loaded
+        return sorted(unseen)
+    found = {layer for name, layer in unseen.items() if name in loaded} - direct
+    if found:
+        direct |= found
+        _load_once(model, tensors, direct)
+    for layer in direct:
+        _layerwise_process(layer, get_layerwise_info(layer))
+    return sorted(wanted - loaded)
+
+
+def _load_once(
+    model: Any, tensors: Sequence[tuple[str, torch.Tensor]], direct: set[torch.nn.Module]
+) -> set[str] | None:
+    initialize_layerwise_reload(model)
+    _forget_packed_experts(model)
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
+        if layer in direct:
+            materialize_layer(layer, info)
+    loaded = model.load_weights(_writable_biases(tensors))
+    return None if loaded is None else {_plain(name) for name in loaded}
+
+
+def _writable_biases(
+    tensors: Sequence[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What arrived, but with biases of its own, which are small.
+
+    Only one tensor-parallel rank may add a bias, so gpt-oss's loader zeroes in the others what it
+    is given; the tensors are views of memory that is read-only and shared by all ranks.
+    """
+    for name, tensor in tensors:
+        yield name, tensor.clone() if name.endswith("bias") else tensor
+
+
+def _awaiting(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Parameters that no weight loader was called for in this reload, and their layers."""
+    awaiting = {}
+    for prefix, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        called = {name for name, _ in info.loaded_weights}
+        for name, _ in layer.named_parameters(recurse=False):
+            if info.can_load() and name not in called:  # it cannot load once it is complete
+                awaiting[_plain(f"{prefix}.{name}" if prefix else name)] = layer
+    return awaiting
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Has the experts of a mixture packed again on CPU, as they were when the engine started.
+
+    There the kernel wants its own layout, and vLLM 0.32 packs for it only while a layer has no
+    kernel yet: a reload would leave plain weights to a kernel that reads packed ones, silently.
+    On other devices the layer must keep its kernel, which a CUDA graph may have captured.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def _repack_tied_embeddings(model: torch.nn.Module) -> None:
     """Brings a tied output head up to date on CPU.
 
@@ -267,13 +416,19 @@ def _repack_tied_embeddings(model: torch.nn.Module) -> None:
         return
     module: Any
     for module in model.modules():
-        packed, weight = getattr(module, "cpu_linear", None), getattr(module, "weight", None)
+        # vars: a layer wrapped for an adapter answers for the one inside it.
+        packed, weight = vars(module).get("cpu_linear"), getattr(module, "weight", None)
         if packed is not None and weight is not None and weight.numel() > 0:
             module.quant_method.process_weights_after_loading(module)
 
 
 def _parameters(model: torch.nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters()}
+    return {_plain(name) for name, _ in model.named_parameters()}
+
+
+def _plain(name: str) -> str:
+    """The name that a parameter has where its layer is not wrapped for an adapter."""
+    return name.replace(".base_layer.", ".")
 
 
 def _dtype(tensor: torch.Tensor) -> str:
