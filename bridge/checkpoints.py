@@ -1,122 +1,434 @@
 """Hugging Face directories <-> sharded parameters. The trainer half: jax.
 
 Bit-exact both ways: bfloat16 and float16 fit in the trainer's float32, and come back as they were.
+Neither way is the model ever whole on the host: a tensor is read, cut up and placed while the next
+one is being read.
 """
 
+import dataclasses
+import functools
+import itertools
 import json
+import math
+import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bridge.names import from_hf, hf_shape, hf_tensors
+from bridge.names import HfTensor, Piece, from_hf, hf_axes, hf_shape, hf_tensors
+from bridge.safetensors_files import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    DamageError,
+    Scan,
+    StoredTensor,
+    check_digest,
+    read_into,
+    scan,
+    shards,
+    write_file,
+)
 from bridge.wire import HostTensor
-from jaxrl.models.decoder import tree_of
-from jaxrl.models.params import ParamSpec, Path
-from jaxrl.types import UserError
+from jaxrl import durable
+from jaxrl.models.params import ParamSpec, Path, tree_of
+from jaxrl.types import RunError, UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+# Constants that old writers saved with the weights; the model computes them.
+_CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$")
+# Bytes placed at a time. Small enough that the allocator hands the same memory out again (fresh
+# pages cost more than the copy) and that what is on its way does not count; large enough that
+# starting a program (0.1 to 0.4 ms) does not count either.
+_CHUNK = 16 << 20
+# Backends whose pieces are transposed on the way in. The CPU's does that at 2 GB/s, and at 0.3 in a
+# program, where XLA's loop walks the rows of one side and the columns of the other.
+_TRANSPOSED = {"cpu"}
 
 
-def load_params(model_dir: FilePath, specs: dict[Path, ParamSpec], shardings: Any) -> Any:
-    """Reads the weights of `model_dir` into float32 parameters that lie as `shardings` says.
+def load_params(
+    model_dir: FilePath, specs: dict[Path, ParamSpec], shardings: Any, dtype: str = "float32"
+) -> Any:
+    """Reads the weights of `model_dir` into `dtype` parameters that lie as `shardings` says.
+
+    Every header is checked before the first weight is placed. Each process reads the rows that its
+    own devices hold, and the whole of a tensor that has a digest to be checked. Beyond the
+    parameters, host and devices need room for a few chunks of 16 MiB.
+
+    Args:
+      specs: every leaf, by path.
+      shardings: the same tree, of NamedSharding.
+      dtype: "float32" or "bfloat16", of every parameter; the tensors in the files may have others.
 
     Raises:
-      UserError: a file is missing or damaged, or the tensors are not exactly those of `specs`;
-        every missing, unknown and wrongly shaped tensor is named.
+      UserError: a file is missing or damaged, or the tensors are not exactly those of `specs`.
+        Everything that is wrong is in one message, and no device array is left behind.
     """
-    files = _weight_files(model_dir)
-    tensors = hf_tensors(specs)
-    if "lm_head.weight" not in tensors:
-        # Some checkpoints with tied embeddings carry the head a second time.
-        files.pop("lm_head.weight", None)
-    problems = [f"{name}: missing" for name in tensors if name not in files]
-    problems += [f"{name}: not a tensor of this model" for name in files if name not in tensors]
-    readers = {}
+    wanted = hf_tensors(specs)
+    found = scan(model_dir)
+    _refuse(model_dir, found.problems + _misfits(found, wanted))
+    places = {path: _Place(spec, _at(shardings, path), dtype) for path, spec in specs.items()}
+    stored = sorted((found.tensors[name] for name in wanted), key=lambda t: (t.file, t.offset))
+    leaves = _zeros(places)
+    verifier = ThreadPoolExecutor(1)
     try:
-        for file in set(files.values()):
-            readers[file] = safe_open(file, framework="numpy")
-        for name in sorted(tensors.keys() & files.keys()):
-            path, _ = tensors[name]
-            found = tuple(readers[files[name]].get_slice(name).get_shape())
-            if found != hf_shape(specs[path]):
-                problems.append(f"{name}: shape {found}, expected {hf_shape(specs[path])}")
-        if problems:
-            raise UserError(f"{model_dir}: weights do not fit config.json:\n  " + _list(problems))
-
-        leaves = {}
-        for path, spec in specs.items():
-            layers = range(spec.shape[0]) if spec.stacked else [None]
-            host = np.empty(spec.shape, np.float32)
-            for layer in layers:
-                name = spec.hf_name.format(layer=layer)
-                tensor = readers[files[name]].get_tensor(name)
-                host[... if layer is None else layer] = from_hf(spec, tensor)
-            leaves[path] = host
-    except SafetensorError as error:
-        raise UserError(f"{model_dir}: damaged weights: {error}") from None
-    return jax.tree.map(jax.device_put, tree_of(leaves), shardings)
+        verified = [verifier.submit(_damage, tensor) for tensor in stored if tensor.sha256]
+        for chunk, rows in _read_ahead(list(_chunks(stored, wanted, places))):
+            leaf = leaves.pop(chunk.piece.path)
+            leaves[chunk.piece.path] = places[chunk.piece.path].put(leaf, chunk, rows)
+        _refuse(model_dir, [damage for result in verified if (damage := result.result())])
+        return tree_of({path: places[path].finish(leaves.pop(path)) for path in specs})
+    except DamageError as problem:
+        raise UserError(f"{model_dir}: {problem}") from None
+    finally:
+        verifier.shutdown(cancel_futures=True)
+        leaves.clear()  # the traceback of an error keeps this frame
 
 
-def save_model(tensors: Iterable[HostTensor], source: FilePath, target: FilePath) -> None:
+def save_model(
+    tensors: Iterable[HostTensor],
+    source: FilePath,
+    target: FilePath,
+    *,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
     """Writes a Hugging Face directory: `tensors`, beside the configuration files of `source`.
 
-    `target` appears whole or not at all; one that exists is replaced.
+    One shard of tensors is held at a time. `target` appears whole or not at all; one that exists is
+    replaced, and may be `source`.
+
+    Raises:
+      RunError: it cannot be written; what was there before is as it was.
     """
-    tensors = list(tensors)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = tensors[0].dtype
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
-    save_file(
-        {t.name: t.data.view(jnp.dtype(t.dtype)).reshape(t.shape) for t in tensors},
-        partial / "model.safetensors",
-        {"format": "pt"},
-    )
-    (partial / "model.safetensors").chmod(0o644)  # the library writes it for its user alone
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-
-
-def _weight_files(model_dir: FilePath) -> dict[str, FilePath]:
-    """Tensor name -> file, from the index or from the single file."""
-    index = model_dir / "model.safetensors.index.json"
-    single = model_dir / "model.safetensors"
+    partial = target.with_name(f"{durable.TEMPORARY}{target.name}")
     try:
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            for file in set(weight_map.values()):
-                if FilePath(file).name != file or not (model_dir / file).is_file():
-                    raise UserError(f"{index}: {file!r} is not a file in {model_dir}")
-            return {name: model_dir / file for name, file in weight_map.items()}
-        if not single.is_file():
-            raise UserError(f"{model_dir}: there is no model.safetensors and no index of shards")
-        with safe_open(single, framework="numpy") as reader:
-            return dict.fromkeys(reader.keys(), single)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{model_dir}: damaged weights: {error}") from None
+        durable.remove(partial)
+        durable.make_directory(partial)
+        dtype = _write_weights(tensors, partial, max_shard_bytes)
+        config = json.loads((source / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        durable.write_file(
+            partial / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+        )
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                _copy(source / name, partial / name)
+        durable.sync_directory(partial)
+        _replace(target, partial)
+    except OSError as error:
+        raise RunError(
+            f"{target}: the model could not be written: {error.strerror or error}; make room or "
+            "name another directory, nothing was replaced"
+        ) from error
+    finally:
+        durable.remove(partial)
 
 
-def _list(problems: list[str], most: int = 20) -> str:
-    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n  ".join(problems[:most] + more)
+def _write_weights(tensors: Iterable[HostTensor], folder: FilePath, max_shard_bytes: int) -> str:
+    """Writes one file, or several and their index. Returns the dtype of the first tensor."""
+    lists: list[list[str]] = []
+    dtype, total = "", 0
+    for shard in shards(iter(tensors), max_shard_bytes):
+        write_file(folder / f"{durable.TEMPORARY}{len(lists)}", shard)
+        lists.append([tensor.name for tensor in shard])
+        total += sum(tensor.data.nbytes for tensor in shard)
+        dtype = dtype or shard[0].dtype
+    names = list(itertools.chain.from_iterable(lists))
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{len(names)} tensors of {len(set(names))} names make no checkpoint")
+    files = [f"model-{i + 1:05d}-of-{len(lists):05d}.safetensors" for i in range(len(lists))]
+    if len(lists) == 1:
+        files = [SINGLE]
+    else:
+        weight_map = {n: file for file, shard in zip(files, lists, strict=True) for n in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        durable.write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    for i, file in enumerate(files):
+        (folder / f"{durable.TEMPORARY}{i}").rename(folder / file)
+    return dtype
+
+
+def _copy(source: FilePath, target: FilePath) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _replace(target: FilePath, new: FilePath) -> None:
+    """Puts the directory `new` in the place of `target`, which may be missing."""
+    old = target.with_name(f"{durable.TEMPORARY}removed.{target.name}")
+    durable.remove(old)
+    if os.path.lexists(target):
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    durable.sync_directory(target.parent)
+    durable.remove(old)
+
+
+def _misfits(found: Scan, wanted: dict[str, HfTensor]) -> list[str]:
+    """What keeps the tensors in the files from being those of the model."""
+    problems = []
+    for name, tensor in found.tensors.items():
+        if name not in wanted:
+            # Some checkpoints with tied embeddings carry the head a second time.
+            if name != "lm_head.weight" and not _CONSTANTS.search(name):
+                problems.append(f"{tensor.where}: not a tensor of this model")
+            continue
+        if tensor.dtype not in DTYPES.values():
+            kind = "float64" if tensor.dtype == "F64" else f"{tensor.dtype}, quantised or integer"
+            problems.append(f"{tensor.where}: dtype {kind}; convert it to one of {_names()}")
+        if tensor.shape != wanted[name].shape:
+            shape = wanted[name].shape
+            problems.append(f"{tensor.where}: shape {tensor.shape}, expected {shape}")
+    if found.complete:
+        problems += [f"{name}: missing" for name in wanted if name not in found.named]
+    return problems
+
+
+def _names() -> str:
+    return ", ".join(DTYPES.values())
+
+
+def _refuse(model_dir: FilePath, problems: list[str], most: int = 20) -> None:
+    if problems:
+        more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+        lines = "\n  ".join(problems[:most] + more)
+        raise UserError(f"{model_dir}: these weights cannot be loaded:\n  {lines}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What is placed at once: of every shard of a piece the same rows, `count` indices from `start`
+    on along the first output axis."""
+
+    tensor: StoredTensor
+    piece: Piece
+    start: int
+    count: int
+    stretches: tuple[tuple[int, int], ...]  # (byte in the tensor, bytes), those of this process
+
+    def read(self, memory: np.ndarray) -> np.ndarray:
+        """Fills `memory`, uint8, with the stretches; returns them as [rows, ...].
+
+        Raises:
+          DamageError: they cannot be read; names file and tensor.
+        """
+        end = 0
+        for start, nbytes in self.stretches:
+            read_into(self.tensor, start, memory[end : end + nbytes])
+            end += nbytes
+        rows = memory[:end].view(jnp.dtype(self.tensor.dtype))
+        return rows.reshape(-1, *self.tensor.shape[1:])
+
+
+def _chunks(
+    stored: Iterable[StoredTensor], wanted: dict[str, HfTensor], places: dict[Path, "_Place"]
+) -> Iterator[_Chunk]:
+    for tensor in stored:
+        for piece in wanted[tensor.name].pieces:
+            yield from places[piece.path].chunks(tensor, piece)
+
+
+def _read_ahead(chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, np.ndarray]]:
+    """Reads each chunk while the one before it is being placed.
+
+    What is yielded is overwritten once the one after it is asked for: two stretches of memory take
+    turns, because fresh pages cost more than reading does.
+    """
+    most = max((sum(n for _, n in chunk.stretches) for chunk in chunks), default=0)
+    memory = [_aligned(most), _aligned(most)]
+    with ThreadPoolExecutor(1) as pool:
+        reading = [pool.submit(chunk.read, memory[i]) for i, chunk in enumerate(chunks[:1])]
+        for i, chunk in enumerate(chunks):
+            rows = reading.pop().result()
+            if i + 1 < len(chunks):
+                reading.append(pool.submit(chunks[i + 1].read, memory[(i + 1) % 2]))
+            yield chunk, rows
+
+
+def _aligned(nbytes: int, boundary: int = 64) -> np.ndarray:
+    """Memory that the CPU backend can take for an array of its own, without a copy."""
+    memory = np.empty(nbytes + boundary, np.uint8)
+    start = -memory.ctypes.data % boundary
+    return memory[start : start + nbytes]
+
+
+def _damage(tensor: StoredTensor) -> str | None:
+    """What is wrong with the bytes of a tensor that has a digest."""
+    try:
+        check_digest(tensor)
+    except DamageError as problem:
+        return str(problem)
+    return None
+
+
+class _Place:
+    """Where the pieces of one leaf go.
+
+    Everything is said of one shard, and every device does its own part: the programs hold no
+    communication, so that no device ever needs room for more than its shard and a chunk.
+    """
+
+    def __init__(self, spec: ParamSpec, sharding: NamedSharding, dtype: str) -> None:
+        self.spec, self.sharding, self.dtype = spec, sharding, dtype
+        parts = (*sharding.spec, *[None] * (len(spec.shape) - len(sharding.spec)))
+        split = {None: None} | dict(zip(spec.axes, parts, strict=True))
+        whole = [axis for axis in spec.axes[spec.stack :] if axis not in hf_axes(spec)]
+        if any(split[axis] for axis in whole):
+            raise ValueError(f"{spec.hf_name}: {whole} cannot be split over {sharding}")
+        hf_sharding = NamedSharding(sharding.mesh, P(*(split[axis] for axis in hf_axes(spec))))
+        held = hf_sharding.addressable_devices_indices_map(hf_shape(spec))
+        self.devices = list(held)
+        self.held = [_bounds(index or (), hf_shape(spec)) for index in held.values()]
+        self.blocks = sorted({rows.start for rows, *_ in self.held})  # first rows of our shards
+        # One shard, by a name that leaves of one kind share: they share their programs.
+        stacked = "".join(key for key in ("{layer}", "{expert}") if key in spec.hf_name)
+        self.shard = dataclasses.replace(
+            spec, shape=sharding.shard_shape(spec.shape), axes=(), hf_name=stacked, row=0
+        )
+        self.axis = spec.stack + (spec.inputs or 0)  # the first output axis: chunks are cut there
+        self.transposed = self.devices[0].platform in _TRANSPOSED
+        # There bfloat16 is updated by way of a float32 copy of the whole leaf, integers in place.
+        self.held_as = "uint16" if self.transposed and dtype == "bfloat16" else dtype
+        ours = NamedSharding(sharding.mesh, P(*parts[spec.stack :]))
+        self.piece_sharding = ours if self.transposed else hf_sharding
+
+    def chunks(self, tensor: StoredTensor, piece: Piece) -> Iterator[_Chunk]:
+        """What is to be read and placed of one piece."""
+        size = self.shard.shape[self.axis]
+        if not tensor.nbytes:
+            return
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        unit = hf_shape(self.shard)[0] // size  # rows of one index
+        count = min(max(_CHUNK // (unit * row_bytes * len(self.blocks)), 1), size)
+        for step in range(0, size, count):
+            start = min(step, size - count)  # the last may overlap: it has the shape of the others
+            stretches = [
+                ((piece.start + block + start * unit) * row_bytes, count * unit * row_bytes)
+                for block in self.blocks
+            ]
+            yield _Chunk(tensor, piece, start, count, tuple(stretches))
+
+    def put(self, leaf: jax.Array, chunk: _Chunk, rows: np.ndarray) -> jax.Array:
+        """Returns the leaf with the chunk in it; the leaf that was passed in is consumed.
+
+        `rows`, which `chunk.read` returned, are not needed after the return.
+        """
+        shape, axis = self.shard.shape, self.axis
+        shape = (*shape[:axis], chunk.count, *shape[axis + 1 :])
+        part = dataclasses.replace(self.shard, shape=shape)
+        length = len(rows) // len(self.blocks)
+        views = []
+        for held in self.held:
+            first = self.blocks.index(held[0].start) * length
+            view = rows[first : first + length, *held[1:]]
+            views.append(from_hf(part, view) if self.transposed else view)
+        program = _setter(part, self.sharding, self.piece_sharding, self.transposed, self.dtype)
+        at = np.array([*chunk.piece.index, chunk.start], np.int32)
+        return program(leaf, self._assemble(views), at).block_until_ready()
+
+    def finish(self, leaf: jax.Array) -> jax.Array:
+        """The leaf in its own dtype, which takes over the memory of the one passed in."""
+        if self.held_as == self.dtype:
+            return leaf
+        held = leaf.addressable_shards
+        views = [np.asarray(shard.data).view(jnp.dtype(self.dtype)) for shard in held]
+        parts = jax.device_put(views, [shard.device for shard in held])  # the CPU: without a copy
+        return jax.make_array_from_single_device_arrays(leaf.shape, self.sharding, parts)
+
+    def _assemble(self, views: list[np.ndarray]) -> jax.Array:
+        """One array of which every device holds its view."""
+        parts = (*self.piece_sharding.spec,)
+        sizes = zip(views[0].shape, parts, strict=True)
+        shape = tuple(size * _ways(self.sharding, part) for size, part in sizes)
+        arrays = jax.device_put(views, self.devices)
+        return jax.make_array_from_single_device_arrays(shape, self.piece_sharding, arrays)
+
+
+@functools.cache
+def _setter(
+    spec: ParamSpec, sharding: NamedSharding, piece: NamedSharding, transposed: bool, dtype: str
+):
+    """Returns set(leaf, piece, at) -> leaf, compiled once for each kind of leaf.
+
+    Layout and cast to `dtype` run on the device; the leaf has that dtype, or holds its bits. `spec`
+    is what one device gets of a piece; `at`, int32 [stack + 1], is the index in the stack, and the
+    start on the first output axis.
+    """
+    stack, axis = spec.stack, spec.stack + (spec.inputs or 0)
+    parts = (*sharding.spec, *[None] * stack)[:stack]
+
+    def set_shard(leaf: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
+        rows = (rows if transposed else from_hf(spec, rows)).astype(dtype)
+        rows = rows.view(leaf.dtype).reshape((1,) * stack + rows.shape)
+        start = [jnp.int32(0)] * leaf.ndim
+        start[axis] = at[stack]
+        here = jnp.bool_(True)
+        for i, part in enumerate(parts):
+            start[i] = at[i]
+            if part is not None:  # the index may be one of another device's
+                start[i] = at[i] - jax.lax.axis_index(part) * leaf.shape[i]
+                here &= (start[i] >= 0) & (start[i] < leaf.shape[i])
+        if any(part is not None for part in parts):
+            rows = jnp.where(here, rows, jax.lax.dynamic_slice(leaf, start, rows.shape))
+        return jax.lax.dynamic_update_slice(leaf, rows, start)
+
+    return jax.jit(
+        jax.shard_map(
+            set_shard,
+            mesh=sharding.mesh,
+            in_specs=(sharding.spec, piece.spec, P()),
+            out_specs=sharding.spec,
+        ),
+        donate_argnums=0,
+    )
+
+
+def _zeros(places: dict[Path, _Place]) -> dict[Path, jax.Array]:
+    """Every leaf as zeros, each device its own shards, in one program."""
+    kinds = [(place.spec.shape, place.held_as) for place in places.values()]
+    shardings = [place.sharding for place in places.values()]
+    make = jax.jit(lambda: [jnp.zeros(*kind) for kind in kinds], out_shardings=shardings)
+    return dict(zip(places, make(), strict=True))
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    index = (*index, *[slice(None)] * (len(shape) - len(index)))
+    return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
+
+
+def _ways(sharding: NamedSharding, part: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dimension is split."""
+    names = (part,) if isinstance(part, str) else part or ()
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

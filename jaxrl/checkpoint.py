@@ -21,11 +21,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxrl import durable
@@ -48,6 +49,17 @@ class Restored:
     arrays: Any
     host: dict[str, Any]
     rejected: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A whole checkpoint, none of whose arrays has been read; `arrays` says what there is."""
+
+    path: Path
+    step: int
+    libraries: dict[str, str]
+    arrays: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    host: dict[str, Any]
 
 
 def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int) -> Path:
@@ -127,6 +139,104 @@ def restore_newest(root: Path, abstract: Any) -> Restored | None:
             + f"Bring back an intact copy, or remove {root} and start the run again"
         )
     return None
+
+
+def save_alone(path: Path, arrays: Any, host: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Writes a checkpoint that belongs to no run, as step 0, to `path`, which must not exist.
+
+    Args:
+      arrays, host: as for `save`.
+      files: copied into it and sealed with it: relative name -> file.
+
+    Raises:
+      CheckpointError: nothing was written.
+    """
+    leaves = _named_leaves(arrays)
+    temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists")
+        durable.make_directory(path.parent)
+        durable.remove(temporary)
+        temporary.mkdir()
+        for name, file in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, temporary / name)
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(temporary.absolute() / ARRAYS, leaves)
+        text = json.dumps(dict(host), allow_nan=False, indent=1)
+        (temporary / HOST).write_text(text, encoding="utf-8")
+        facts = {"schema": SCHEMA, "step": 0, "libraries": _library_versions()}
+        durable.seal(temporary, facts | {"arrays": _describe(leaves)})
+        if problem := durable.damage(temporary):
+            raise OSError(f"what was written reads back differently: {problem}")
+        os.rename(temporary, path)
+        durable.sync_directory(path.parent)
+    except Exception as error:  # Orbax answers a full disk with ValueError, others with OSError
+        with contextlib.suppress(OSError):
+            durable.remove(temporary)
+        raise CheckpointError(f"{path}: was not written: {error}") from error
+
+
+def open_whole(path: Path) -> Stored:
+    """The checkpoint in the directory `path`, every byte of it checked, no array read.
+
+    Raises:
+      CheckpointError: it is not whole, or not a checkpoint of this schema.
+    """
+    problem = _damage(path) if _STEP.fullmatch(path.name) else durable.damage(path)
+    if problem:
+        raise CheckpointError(f"{path}: is damaged: {problem}")
+    try:
+        facts = durable.facts(path)
+        if facts["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"{path}: has schema {facts['schema']}, this program reads schema {SCHEMA}"
+            )
+        arrays = {n: (x["dtype"], tuple(x["shape"])) for n, x in facts["arrays"].items()}
+        host = json.loads((path / HOST).read_bytes())
+        return Stored(path, facts["step"], facts["libraries"], arrays, host)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not a checkpoint: {error!r}") from None
+
+
+def open_newest(root: Path) -> tuple[Stored, list[str]]:
+    """The newest whole checkpoint under `root`, and a line for each damaged one passed over.
+
+    Unlike `restore_newest` it removes nothing: the run that writes there may be alive.
+
+    Raises:
+      CheckpointError: there is none, or none is whole.
+    """
+    rejected = []
+    for path in _steps(root):
+        try:
+            return open_whole(path), rejected
+        except CheckpointError as error:
+            rejected.append(str(error))
+    raise CheckpointError("\n".join(rejected) or f"{root}: holds no checkpoint")
+
+
+def read_arrays(stored: Stored, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """These arrays of a checkpoint, on the host; the others are not read."""
+    wanted = list(names)
+    unknown = [name for name in wanted if name not in stored.arrays]
+    if unknown:  # for these Orbax gives back what it was given
+        raise CheckpointError(f"{stored.path}: holds no {', '.join(unknown)}")
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+    try:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                stored.path.absolute() / ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=dict.fromkeys(wanted, 0), restore_args=as_numpy, partial_restore=True
+                ),
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{stored.path}: Orbax cannot read {', '.join(wanted)}: {error}\n"
+            f"Written with {stored.libraries}; installed are {_library_versions()}"
+        ) from error
 
 
 def _damaged_from(root: Path, step: int) -> list[Path]:

@@ -488,3 +488,62 @@ def test_a_typed_key_survives(tmp_path):
     checkpoint.save(tmp_path, 1, key, {}, keep=1)
     restored = restore_newest(tmp_path, abstract(key))
     assert jax.random.normal(restored.arrays["key"]) == jax.random.normal(key["key"])
+
+
+def test_some_arrays_are_read_without_the_others(two_steps):
+    stored = checkpoint.open_whole(two_steps / "step_00000010")
+    assert (stored.step, stored.host["cursor"]) == (10, 17)
+    assert stored.arrays["params/scale"] == ("bfloat16", (5,))
+    found = checkpoint.read_arrays(stored, ["params/scale", "params/dense/kernel"])
+    assert found.keys() == {"params/scale", "params/dense/kernel"}
+    expected = state(10)["params"]
+    assert_same_bits(found["params/scale"], np.asarray(expected["scale"]))
+    assert_same_bits(found["params/dense/kernel"], np.asarray(expected["dense"]["kernel"]))
+    assert all(type(array) is np.ndarray for array in found.values())
+    with pytest.raises(CheckpointError, match="holds no params/nothing"):
+        checkpoint.read_arrays(stored, ["params/nothing"])
+
+
+def test_opening_the_newest_passes_damaged_ones_over_and_removes_nothing(two_steps, tmp_path):
+    root = tmp_path / "c"
+    shutil.copytree(two_steps, root)
+    shutil.copytree(root / "step_00000020", root / "tmp.step_00000030")
+    assert checkpoint.open_newest(root)[0].step == 20
+    (root / "step_00000020" / "host.json").unlink()
+    stored, rejected = checkpoint.open_newest(root)
+    assert stored.step == 10
+    assert [line.partition("c/")[2] for line in rejected] == [
+        "step_00000020: is damaged: host.json: is missing"
+    ]
+    assert (root / "tmp.step_00000030").is_dir()
+    (root / "step_00000010").rename(root / "step_00000011")  # a name that is not its own
+    with pytest.raises(CheckpointError, match=r"step_00000011: is damaged: .* step 10"):
+        checkpoint.open_newest(root)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.open_newest(tmp_path)
+
+
+def test_a_checkpoint_alone_is_sealed_with_the_files_beside_it(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    path = tmp_path / "alone"
+    files = {"model/notes": tmp_path / "notes"}
+    checkpoint.save_alone(path, {"params": state(3)["params"]}, HOST, files)
+    stored = checkpoint.open_whole(path)
+    assert (stored.step, stored.host) == (0, HOST)
+    found = checkpoint.read_arrays(stored, stored.arrays)
+    assert_same_bits(
+        found["params/dense/kernel"], np.asarray(state(3)["params"]["dense"]["kernel"])
+    )
+    assert (path / "model" / "notes").read_text() == "mine"
+    with pytest.raises(CheckpointError, match="exists"):
+        checkpoint.save_alone(path, {"w": jnp.zeros(2)}, {}, {})
+    (path / "model" / "notes").write_text("yours")
+    with pytest.raises(CheckpointError, match="is damaged: model/notes: has 5 bytes"):
+        checkpoint.open_whole(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "alone"}
+
+
+def test_a_checkpoint_alone_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="was not written"):
+        checkpoint.save_alone(tmp_path / "x", {"w": jnp.zeros(2)}, {}, {"a": tmp_path / "no"})
+    assert list(tmp_path.iterdir()) == []

@@ -2,15 +2,21 @@
 
     python -m tools.bench update     one optimizer step: the gradient as it is, and its alternatives
     python -m tools.bench sampler    the in-process engine beside one vLLM engine, the same prompts
+    python -m tools.bench convert    Hugging Face files -> sharded parameters, and tensors -> files
+                                     [--gigabytes 4] [--mesh fsdp=2,tensor=2]
 
 Times drift with the machine, so every table is of one run and its ratios are what counts.
 """
 
 import argparse
+import dataclasses
 import functools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import numpy as np
 
 from jaxrl.model_dir import engine_files
 from jaxrl.models.config import load_config
+from jaxrl.models.params import param_specs
 from jaxrl.types import Prompt, Sampling
 
 DEMO_DIR = Path("configs/tiny_policy")
@@ -26,8 +33,14 @@ DEMO = load_config(DEMO_DIR)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the parts of a step on this machine")
-    parser.add_argument("what", choices=["update", "sampler"])
-    {"update": bench_update, "sampler": bench_sampler}[parser.parse_args().what]()
+    parser.add_argument("what", choices=["update", "sampler", "convert"])
+    parser.add_argument("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
+    parser.add_argument("--mesh", default="fsdp=1", help="convert: data=, fsdp=, tensor=")
+    options = parser.parse_args()
+    if options.what == "convert":
+        bench_convert(options.gigabytes, options.mesh)
+    else:
+        {"update": bench_update, "sampler": bench_sampler}[options.what]()
 
 
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 7) -> None:
@@ -58,7 +71,7 @@ def bench_update() -> None:
     tokens_BT = (
         np.random.default_rng(0).integers(0, DEMO.vocab_size, (rows, length)).astype(np.int32)
     )
-    params = decoder.init_params(DEMO, jax.random.key(0))
+    params = decoder.init_params(param_specs(DEMO), jax.random.key(0))
 
     def einsum(x, w, inputs=1, dtype=None):
         """`decoder.project` as one contraction of the unflattened axes."""
@@ -97,7 +110,6 @@ def bench_sampler() -> None:
     from bridge.engines.vllm import EngineSettings
     from bridge.fleet import Fleet, FleetSettings
     from bridge.names import expected_tensors
-    from jaxrl.models.params import param_specs
 
     specs = param_specs(DEMO)
     expected = expected_tensors(specs, "float32")
@@ -120,7 +132,7 @@ def bench_sampler() -> None:
         from jaxrl.sampler import InProcessEngine, make_score
 
         policy = Policy(DEMO, jnp.dtype("float32"))
-        params = init_params(DEMO, jax.random.key(0))
+        params = init_params(param_specs(DEMO), jax.random.key(0))
         inprocess = InProcessEngine(policy)
         inprocess.publish(params, 1)
         fleet.wait_ready()
@@ -153,6 +165,133 @@ def bench_sampler() -> None:
                 )
     finally:
         fleet.close()
+
+
+def bench_convert(gigabytes: float, mesh: str) -> None:
+    """Random bfloat16 weights in four files, read from the page cache and written to the disk.
+
+    Each row is a process of its own, so that its peak memory is its own too.
+    """
+    import math
+    import tempfile
+
+    sizes = {key: int(size) for key, size in (part.split("=") for part in mesh.split(","))}
+    # Read by jax in the children, which are spawned; this process never loads it.
+    count = f"--xla_force_host_platform_device_count={math.prod(sizes.values())}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    layers = max(round((gigabytes * 1e9 / 2 - 151_936 * 2048) / 50_337_024), 1)
+    nbytes = 2 * (151_936 * 2048 + layers * 50_337_024)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        print(f"{nbytes / 1e9:.2f} GB of bfloat16, {layers} layers, mesh {mesh}")
+        raw_write = _row("raw write, flushed", nbytes, _raw_write, Path(folder, "raw"), nbytes)
+        _row("save, SHA-256 of each tensor", nbytes, _save, model, layers, nbytes, base=raw_write)
+        _raw_read(model)
+        raw_read = _row("raw read", nbytes, _raw_read, model)
+        _row("fresh memory for float32, touched", nbytes, _touch, 2 * nbytes, base=raw_read)
+        load = functools.partial(_row, base=raw_read)
+        load("load as float32, digests checked", nbytes, _load, model, layers, sizes, "float32")
+        for file in model.glob("*.safetensors"):
+            _forget_digests(file)
+        for dtype in ("float32", "bfloat16"):
+            load(f"load as {dtype}", nbytes, _load, model, layers, sizes, dtype)
+
+
+def _row(name: str, nbytes: int, run: Callable, *arguments: Any, base: float | None = None):
+    """Prints GB/s of the files' bytes, the ratio to `base`, and the peak over the arrays."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        seconds, peak_ratio = pool.submit(run, *arguments).result()
+    speed = nbytes / 1e9 / seconds
+    ratio = f"{speed / base:5.2f} x" if base else " " * 7
+    peak = f"   peak memory over the arrays: {peak_ratio:.2f} of the largest file"
+    print(f"{name:36s} {speed:6.2f} GB/s   {ratio}{peak if peak_ratio else ''}")
+    return speed
+
+
+def _convert_specs(layers: int) -> Any:
+    """Of Qwen3-1.7B, but for the depth."""
+    sizes = {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144}
+    heads = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+    c = dataclasses.replace(DEMO, **sizes, **heads, num_layers=layers, tied_embeddings=True)
+    return param_specs(c)
+
+
+def _save(model: Path, layers: int, nbytes: int) -> tuple[float, float]:
+    from bridge.checkpoints import save_model
+    from bridge.names import hf_tensors
+    from bridge.wire import HostTensor
+
+    tensors = hf_tensors(_convert_specs(layers))
+    most = max(2 * int(np.prod(tensor.shape)) for tensor in tensors.values())
+    # Any bits below 0x3c00, as 16-bit integers, are finite, in bfloat16 as in float16.
+    data = np.random.default_rng(0).integers(0, 0x3C00, most // 2, np.uint16).view(np.uint8)
+    stream = (
+        HostTensor(name, "bfloat16", tensor.shape, data[: 2 * int(np.prod(tensor.shape))])
+        for name, tensor in tensors.items()
+    )
+    start = time.perf_counter()
+    save_model(stream, DEMO_DIR, model, max_shard_bytes=nbytes // 4 + most // 8)
+    return time.perf_counter() - start, 0.0
+
+
+def _load(model: Path, layers: int, sizes: dict[str, int], dtype: str) -> tuple[float, float]:
+    import resource
+
+    import jax
+
+    from bridge.checkpoints import load_params
+    from jaxrl.config import MeshSection
+    from jaxrl.mesh import make_mesh, param_shardings
+
+    specs = _convert_specs(layers)
+    shardings = param_shardings(specs, make_mesh(MeshSection(**sizes)))
+    start = time.perf_counter()
+    params = load_params(model, specs, shardings, dtype)
+    seconds = time.perf_counter() - start
+    leaves = jax.tree.leaves(params)
+    arrays = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    largest = max(file.stat().st_size for file in model.glob("*.safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, (peak - arrays) / largest
+
+
+def _raw_read(model: Path) -> tuple[float, float]:
+    memory = np.empty(16 << 20, np.uint8)
+    start = time.perf_counter()
+    for path in model.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as stream:
+            while stream.readinto(memory.data):
+                pass
+    return time.perf_counter() - start, 0.0
+
+
+def _touch(nbytes: int) -> tuple[float, float]:
+    """What parameters cost before they hold anything: a page fault for every page."""
+    start = time.perf_counter()
+    bytearray(nbytes)[::4096] = bytes(-(-nbytes // 4096))
+    return time.perf_counter() - start, 0.0
+
+
+def _raw_write(path: Path, nbytes: int) -> tuple[float, float]:
+    memory = np.random.default_rng(0).integers(0, 255, 16 << 20, np.uint8)
+    start = time.perf_counter()
+    with path.open("xb", buffering=0) as stream:
+        for done in range(0, nbytes, memory.nbytes):
+            stream.write(memory[: nbytes - done].data)
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds, 0.0
+
+
+def _forget_digests(path: Path) -> None:
+    """Renames the key of the digests in the header: the file is as the hub's are."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length)
+        stream.seek(8)
+        stream.write(header.replace(b'"sha256":', b'"unused":', 1))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,8 @@ def _mistral(f: _Fields, c: DecoderConfig) -> dict:
 
 def _qwen2(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
-    window = f.get("sliding_window") if f.get("use_sliding_window") else None
+    window = f.get("sliding_window")
+    window = window if f.get("use_sliding_window") else None
     first = f.get("max_window_layers", 28)
     sliding = _sliding(f, c, window, [layer >= first for layer in range(c.num_layers)])
     return {"qkv_bias": True} | sliding
@@ -307,7 +308,8 @@ def _qwen3(f: _Fields, c: DecoderConfig) -> dict:
 def _qwen3_moe(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)  # vLLM's model has no windows
-    f.get("sliding_window")
+    for unused in ("sliding_window", "max_window_layers"):
+        f.get(unused)
     f.only("mlp_only_layers", [])
     f.only("decoder_sparse_step", 1)
     bias = f.get("attention_bias", False)
@@ -426,6 +428,8 @@ def _olmo2(f: _Fields, c: DecoderConfig) -> dict:
 
 def _phi3(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
+    f.only("full_attn_mod", 1)
+    f.only("interpolate_factor", 1)
     return {"fused_projections": True} | _every_layer_slides(f, c)
 
 

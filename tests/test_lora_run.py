@@ -1,0 +1,129 @@
+"""Whole runs with adapters, started as a user starts them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parent.parent
+RANK = 4
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMALL = (
+    *("--config", "configs/arithmetic_lora.yaml", "--lora.rank", str(RANK), "--run.name=run"),
+    *("--rollout.prompts_per_step=8", "--rollout.group_size=4", "--data.held_out=16"),
+    *("--optimizer.warmup_steps=1", "--checkpoint.every_steps=1", "--log.tensorboard=false"),
+)
+
+
+def train(folder, *arguments, engine="inprocess", code=0):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "jaxrl.train", *SMALL, "--run.dir", str(folder)),
+            *(f"--rollout.engine={engine}", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        timeout=400,
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def adapters_of(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Three steps beside a bfloat16 copy of the demo's policy, at a path that tests may change."""
+    folder = tmp_path_factory.mktemp("lora")
+    model = folder / "model"
+    shutil.copytree(ROOT / "configs" / "tiny_policy", model)
+    done = train(folder, f"--model.path={model}", "--run.steps=3")
+    return done, folder / "run", model
+
+
+def test_a_run_leaves_a_peft_directory_and_the_merged_policy(finished):
+    done, run, model = finished
+    adapters, base = adapters_of(run), load_file(model / "model.safetensors")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(MODULES)
+    assert (config["r"], config["lora_alpha"]) == (RANK, 32.0)
+    merged = load_file(run / "export" / "model.safetensors")
+    assert merged.keys() == base.keys()
+    moved = 0
+    for name, weight in base.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight.astype(np.float32)
+        if f"{prefix}.lora_A.weight" in adapters:
+            into, out = (adapters[f"{prefix}.lora_{side}.weight"] for side in "AB")
+            assert into.shape == (RANK, weight.shape[1]) and out.shape == (weight.shape[0], RANK)
+            expected = expected + 32.0 / RANK * (out @ into)
+            moved += bool(np.abs(out).max())
+        np.testing.assert_allclose(
+            merged[name].astype(np.float32), expected, rtol=2**-8, atol=1e-6, err_msg=name
+        )
+    assert moved == len(MODULES) * 2  # of both layers
+    assert str(run / "adapter") in done.stdout and str(run / "export") in done.stdout
+
+
+def test_checkpoints_hold_adapters_and_their_moments_and_nothing_else(finished):
+    _, run, model = finished
+    base = sum(x.size for x in load_file(model / "model.safetensors").values())
+    trained = sum(x.size for x in adapters_of(run).values())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arrays = checkpointer.restore((run / "checkpoints" / "step_00000003" / "arrays").absolute())
+    sizes = [np.size(x) for x in arrays.values()]
+    assert 3 * trained <= sum(sizes) <= 3 * trained + 10 < base
+
+
+def test_a_resumed_run_ends_with_bitwise_the_same_adapters(finished, tmp_path):
+    _, run, model = finished
+    train(tmp_path, f"--model.path={model}", "--run.steps=2")
+    train(tmp_path, f"--model.path={model}", "--run.steps=3", "--resume")
+    resumed, whole = adapters_of(tmp_path / "run"), adapters_of(run)
+    assert resumed.keys() == whole.keys()
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
+
+
+def test_adapters_are_not_resumed_beside_other_weights(finished, tmp_path):
+    *_, model = finished
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    train(tmp_path, f"--model.path={other}", "--run.steps=1")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    refused = train(tmp_path, f"--model.path={other}", "--run.steps=2", "--resume", code=2)
+    assert "model.path" in refused.stderr and "adapters" in refused.stderr
+
+
+def test_a_target_that_no_layer_has_is_refused_before_anything_starts(tmp_path):
+    refused = train(tmp_path, '--lora.targets=["q_proj","qkv_proj"]', code=2)
+    assert "qkv_proj" in refused.stderr and "k_proj" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_vllm_serves_the_adapters_that_were_trained(tmp_path):
+    train(tmp_path, "--run.steps=4", "--publish.channel=shuttle", engine="vllm")
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wire = sum(x.nbytes for x in adapters_of(run).values())
+    for line in lines[1:]:
+        assert line["publish/bytes"] == wire
+        assert line["publish/probe_max_abs_dlogp"] <= 1e-4
+        assert line["mismatch/max_abs_dlogp"] <= 1e-4  # of every sampled token
+    # The frozen weights took a number of their own, ahead of the first adapters.
+    assert [line["weights/version"] for line in lines] == [2, 3, 4, 5, 6]
