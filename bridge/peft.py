@@ -4,18 +4,17 @@ DIRECTORY/  adapter_config.json   adapter_model.safetensors
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
+from bridge.safetensors_files import write_file
 from bridge.wire import HostTensor
+from jaxrl import durable
 from jaxrl.models.config import LoraConfig
 from jaxrl.models.params import ParamSpec
 from jaxrl.models.params import Path as ParamPath
+from jaxrl.types import RunError
 
 
 def adapter_config(
@@ -40,16 +39,23 @@ def adapter_config(
 
 
 def save_adapter(tensors: Iterable[HostTensor], config: dict[str, Any], target: Path) -> None:
-    """Writes a PEFT directory. It appears whole or not at all; one that exists is replaced."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(
-        {t.name: t.data.view(np.dtype(t.dtype)).reshape(t.shape) for t in tensors},
-        partial / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    (partial / "adapter_model.safetensors").chmod(0o644)  # the library writes it for its user alone
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    """Writes a PEFT directory. It appears whole or not at all; one that exists is replaced.
+
+    Raises:
+      RunError: it cannot be written; what was there before is as it was.
+    """
+    partial = target.with_name(f"{durable.TEMPORARY}{target.name}")
+    try:
+        durable.remove(partial)
+        durable.make_directory(partial)
+        durable.write_file(partial / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        write_file(partial / "adapter_model.safetensors", list(tensors))
+        durable.sync_directory(partial)
+        durable.replace_directory(target, partial)
+    except OSError as error:
+        raise RunError(
+            f"{target}: the adapter could not be written: {error.strerror or error}; make room or "
+            "name another directory, nothing was replaced"
+        ) from error
+    finally:
+        durable.remove(partial)

@@ -101,6 +101,17 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def replace_directory(target: Path, new: Path) -> None:
+    """Puts the directory `new` in the place of `target`, which may be missing."""
+    old = target.with_name(f"{TEMPORARY}removed.{target.name}")
+    remove(old)
+    if os.path.lexists(target):
+        target.rename(old)
+    new.rename(target)
+    sync_directory(target.parent)
+    remove(old)
+
+
 def make_directory(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)

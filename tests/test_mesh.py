@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import MeshSection
-from jaxrl.mesh import RULES, batch_sharding, make_mesh, param_shardings
-from jaxrl.models.config import DecoderConfig
-from jaxrl.models.params import param_specs
+from jaxrl.mesh import RULES, batch_sharding, kept_whole, make_mesh, param_shardings
+from jaxrl.models.config import DecoderConfig, LoraConfig, MoeConfig
+from jaxrl.models.params import lora_specs, param_specs
+from jaxrl.models.rope import Rope
 from jaxrl.types import UserError
 
 CONFIG = DecoderConfig(
@@ -21,11 +22,12 @@ CONFIG = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=1e4,
+    rope=Rope((1.0,) * 8),
     norm_eps=1e-6,
     tied_embeddings=False,
     max_positions=64,
     eos_token_ids=(),
+    qk_norm="head",
 )
 
 
@@ -90,23 +92,66 @@ def test_too_few_devices_is_an_error_that_says_how_many_there_are():
         make_mesh(MeshSection(data=2, fsdp=3, tensor=2))
 
 
-def test_dimensions_that_cannot_be_split_are_reported_all_together():
+def test_dimensions_that_cannot_be_split_are_kept_whole_and_said():
     odd = dataclasses.replace(CONFIG, vocab_size=63, num_kv_heads=1, hidden_size=31)
-    with pytest.raises(UserError) as error:
-        shard_shapes(odd, fsdp=2, tensor=2)
-    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert "embed (63, 31): vocab = 63 cannot be split over mesh.tensor = 2" in lines
-    assert "embed (63, 31): embed = 31 cannot be split over mesh.fsdp = 2" in lines
-    assert (
-        "layers/attention/key (3, 31, 1, 16): kv_heads = 1 cannot be split over mesh.tensor = 2"
-        in lines
-    )
-    assert len(lines) == 16  # 2 vocab, 2 kv_heads, 12 embed
+    assert shard_shapes(odd, fsdp=2, tensor=2) == {
+        "embed": (63, 31),
+        "layers/attention_norm/scale": (3, 31),
+        "layers/attention/query": (3, 31, 2, 16),
+        "layers/attention/key": (3, 31, 1, 16),
+        "layers/attention/value": (3, 31, 1, 16),
+        "layers/attention/output": (3, 2, 16, 31),
+        "layers/attention/query_norm": (3, 16),
+        "layers/attention/key_norm": (3, 16),
+        "layers/mlp_norm/scale": (3, 31),
+        "layers/mlp/gate": (3, 31, 24),
+        "layers/mlp/up": (3, 31, 24),
+        "layers/mlp/down": (3, 24, 31),
+        "final_norm/scale": (31,),
+        "lm_head": (31, 63),
+    }
+    mesh = make_mesh(MeshSection(fsdp=2, tensor=2))
+    assert kept_whole(param_specs(odd), mesh) == [
+        "embed = 31 is not a multiple of mesh.fsdp, and is kept whole",
+        "kv_heads = 1 is not a multiple of mesh.tensor, and is kept whole",
+        "vocab = 63 is not a multiple of mesh.tensor, and is kept whole",
+    ]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_axis_of_every_parameter_has_a_rule_and_a_size(tied):
-    for path, spec in param_specs(dataclasses.replace(CONFIG, tied_embeddings=tied)).items():
+@pytest.mark.parametrize("axes", [{}, {"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_nothing_is_said_where_everything_is_split(axes):
+    assert kept_whole(param_specs(CONFIG), make_mesh(MeshSection(**axes))) == []
+
+
+def test_every_expert_is_split_as_an_mlp_is():
+    moe = MoeConfig(6, 2, 24, True, "qwen3")
+    shapes = shard_shapes(dataclasses.replace(CONFIG, moe=moe), data=2, fsdp=2, tensor=2)
+    experts = {path: shape for path, shape in shapes.items() if path.startswith("layers/moe/")}
+    assert experts == {
+        "layers/moe/router": (3, 16, 6),
+        "layers/moe/gate": (3, 6, 16, 12),
+        "layers/moe/up": (3, 6, 16, 12),
+        "layers/moe/down": (3, 6, 12, 16),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tied_embeddings": True},
+        {"tied_embeddings": False},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "fused_projections": True},
+        {"qk_norm": "all", "norm_placement": "post"},
+        {"norm_placement": "both", "attention_sinks": True},
+        {"moe": MoeConfig(6, 2, 24, True, "mixtral")},
+        {"moe": MoeConfig(6, 2, 24, True, "gpt_oss")},
+    ],
+)
+def test_every_axis_of_every_parameter_has_a_rule_and_a_size(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    targets = ("o_proj",) if config.moe else ("o_proj", "down_proj")
+    specs = param_specs(config) | lora_specs(config, LoraConfig(4, 8.0, targets))
+    for path, spec in specs.items():
         assert len(spec.axes) == len(spec.shape), path
         assert set(spec.axes) <= RULES.keys(), path
         used = [RULES[axis] for axis in spec.axes if RULES[axis]]

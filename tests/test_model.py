@@ -21,6 +21,7 @@ from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import Policy, empty_cache, init_params
 from jaxrl.models.params import param_specs
+from jaxrl.models.rope import Rope
 from jaxrl.types import UserError
 from tests.reference_policy import logits_of, make_reference, params_of, save_reference
 
@@ -53,6 +54,11 @@ def raw_tensors(directory) -> dict[str, tuple]:
     return found
 
 
+def rope_frequencies(theta: float, head_dim: int) -> tuple[float, ...]:
+    """theta ** (-2 i / head_dim), in float64."""
+    return tuple(theta ** -(np.arange(0, head_dim, 2) / head_dim))
+
+
 def config_of(model):
     c = model.config
     return DecoderConfig(
@@ -63,11 +69,12 @@ def config_of(model):
         c.num_attention_heads,
         c.num_key_value_heads,
         c.head_dim,
-        c.rope_parameters["rope_theta"],
+        Rope(rope_frequencies(c.rope_parameters["rope_theta"], c.head_dim)),
         c.rms_norm_eps,
         c.tie_word_embeddings,
         c.max_position_embeddings,
         (c.eos_token_id,),
+        qk_norm="head",
     )
 
 
@@ -195,7 +202,9 @@ def test_what_is_computed_again_in_the_backward_pass_gives_the_same_gradient(loa
             return (policy.logits(params, TOKENS_BT) ** 2).mean()
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return compiled(params), memory.temp_size_in_bytes
 
     (kept, kept_grads), kept_bytes = value_and_grad(policy._replace(remat=False))
     (again, again_grads), again_bytes = value_and_grad(policy._replace(remat=True))
@@ -222,7 +231,7 @@ def test_the_program_does_not_grow_with_depth(loaded):
 
     def size(layers: int) -> int:
         config = policy.config.__class__(**(vars(policy.config) | {"num_layers": layers}))
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        params = jax.eval_shape(lambda: init_params(param_specs(config), jax.random.key(0)))
 
         def loss(params, tokens_BT):
             return Policy(config, jnp.float32).logits(params, tokens_BT).sum()
@@ -234,7 +243,7 @@ def test_the_program_does_not_grow_with_depth(loaded):
 
 def test_random_parameters_have_the_structure_of_loaded_ones(loaded, reference):
     policy, params = loaded
-    drawn = init_params(policy.config, jax.random.key(0))
+    drawn = init_params(param_specs(policy.config), jax.random.key(0))
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), drawn)
     assert shapes == jax.tree.map(lambda x: (x.shape, str(x.dtype)), params)
     assert shapes == jax.tree.map(lambda x: (x.shape, str(x.dtype)), params_of(reference))
@@ -357,13 +366,19 @@ def test_config_fields_are_those_that_transformers_reads(directory, reference):
     config = load_config(directory)
     c = reference.config
     assert (config.num_kv_heads, config.head_dim, config.num_layers) == (2, 16, 2)
-    assert config.norm_eps == c.rms_norm_eps and config.rope_theta == 10_000.0
+    assert config.norm_eps == c.rms_norm_eps
+    assert config.rope.frequencies == pytest.approx(rope_frequencies(10_000.0, 16), rel=1e-6)
+    assert config.rope.amplitude == 1.0 and config.rope.max_positions is None
     assert config.max_positions == 512 and not config.tied_embeddings
 
 
 def test_fields_that_may_be_left_out_have_the_values_of_transformers(directory):
+    theta = Qwen3Config().to_dict()["rope_parameters"]["rope_theta"]
     optional = {
-        "rope_parameters": lambda c: (c.rope_theta, Qwen3Config().rope_parameters["rope_theta"]),
+        "rope_parameters": lambda c: (
+            c.rope.frequencies,
+            pytest.approx(rope_frequencies(theta, 16), rel=1e-6),
+        ),
         "rms_norm_eps": lambda c: (c.norm_eps, Qwen3Config().rms_norm_eps),
         "tie_word_embeddings": lambda c: (c.tied_embeddings, Qwen3Config().tie_word_embeddings),
         "max_position_embeddings": lambda c: (
@@ -390,25 +405,39 @@ def test_end_of_sequence_ids_come_from_the_generation_config_first(generation, e
 
 def test_every_unsupported_or_missing_field_of_the_config_is_named_at_once(directory):
     changes = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "gelu",
-        "attention_bias": True,
-        "use_sliding_window": True,
-        "rope_scaling": {"type": "yarn"},
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
         "quantization_config": {"bits": 4},
-        "layer_types": ["full_attention", "sliding_attention"],
+        "is_encoder_decoder": True,
         "intermediate_size": None,
-        "head_dim": None,
-        "num_key_value_heads": None,
+        "vocab_size": None,
+        "attention_temperature": 2.0,
     }
     edit(directory, **changes)
     with pytest.raises(UserError) as error:
         load_config(directory)
-    for field in changes.keys() - {"architectures", "rope_parameters"}:
+    for field in changes:
         assert field in str(error.value)
-    assert "LlamaForCausalLM" in str(error.value) and "rope_type" in str(error.value)
     assert str(directory / "config.json") in str(error.value)
+
+
+def test_every_field_that_asks_for_other_mathematics_is_named_at_once(directory):
+    changes = {
+        "hidden_act": "gelu",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "layer_types": ["full_attention", "chunked_attention"],
+        "attention_temperature": 2.0,
+    }
+    edit(directory, **changes)
+    with pytest.raises(UserError) as error:
+        load_config(directory)
+    for said in ("hidden_act = 'gelu'", "rope_type = 'dynamic'", "chunked_attention"):
+        assert said in str(error.value)
+    assert "attention_temperature = 2.0" in str(error.value)
+
+
+def test_an_architecture_that_is_not_known_is_named_beside_those_that_are(directory):
+    edit(directory, architectures=["MambaForCausalLM"])
+    with pytest.raises(UserError, match=r"MambaForCausalLM is not one of .*Qwen3ForCausalLM"):
+        load_config(directory)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\ud800"])
@@ -465,13 +494,27 @@ def test_a_directory_that_does_not_exist_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "/etc/passwd", "..", "gone.safetensors", "a/b.safetensors"]
+    ("file", "said"),
+    [
+        ("../outside.safetensors", r"index\.json"),
+        ("/etc/passwd", r"index\.json"),
+        ("a/b.safetensors", r"index\.json"),
+        ("..", r"\.\.: .*not a regular file"),
+    ],
 )
-def test_an_index_that_points_out_of_its_directory_is_refused(file, directory):
+def test_an_index_that_points_out_of_its_directory_is_refused(file, said, directory):
     (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
     index = {"weight_map": dict.fromkeys(["model.norm.weight"], file)}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json"):
+    with pytest.raises(UserError, match=said):
+        load(directory)
+
+
+def test_a_file_of_the_index_that_is_not_there_is_named(directory):
+    (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"gone\.safetensors: .*No such file"):
         load(directory)
 
 

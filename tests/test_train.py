@@ -312,7 +312,10 @@ BAD_INPUT = {
     "missing model": lambda f: (["--model.path", f"{f}/nothing"], "there is no such directory"),
     "not a model": lambda f: (["--model.path", str(f)], "config.json"),
     "wrong tokenizer": lambda f: (["--model.path", str(other_tokenizer(f))], "another model"),
-    "damaged weights": lambda f: (["--model.path", str(truncated_weights(f))], "damaged weights"),
+    "damaged weights": lambda f: (
+        ["--model.path", str(truncated_weights(f))],
+        "model.safetensors: damaged",
+    ),
     "malformed YAML": lambda f: (["--config", str(written(f, "run: [1,\nx: {"))], "line 2"),
     "missing config": lambda f: (["--config", f"{f}/no.yaml"], "no such file"),
     "empty dataset": lambda f: ([*JSONL, f"--data.path={written(f, '')}"], "no rows"),

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -97,7 +96,6 @@ class VllmEngine:
         self._name = name
         self._settings = settings
         self._model = model
-        self._private_dir: str | None = None
         self._llm: Any = None
         self._vocab_size = 0
         self._version: int | None = None  # acknowledged; None until weights were loaded
@@ -163,30 +161,31 @@ class VllmEngine:
             # CPU generators cannot do: vLLM 0.32 dies of it. Whole prompts, then.
             optional["enable_chunked_prefill"] = False
             optional["max_num_batched_tokens"] = max(settings.max_model_len, _STEP_TOKENS)
-        args = AsyncEngineArgs(
-            model=self._model_directory(),
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # no sampling setting is taken from the model's files
-            dtype=dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            tensor_parallel_size=settings.tensor_parallel,
-            # Named, because inside a placement group vLLM would choose Ray and not ask.
-            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
-            enforce_eager=settings.enforce_eager,
-            load_format=settings.load_format,
-            seed=settings.seed,
-            enable_prefix_caching=True,
-            # Log-probabilities of the distribution that was sampled from, temperature applied.
-            logprobs_mode="processed_logprobs",
-            max_logprobs=1,
-            disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
-            worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
-            **{name: value for name, value in optional.items() if value is not None},
-        )
-        # Kept from here on, so that whatever fails next, `shutdown` ends the processes behind it.
-        self._llm = AsyncLLM.from_engine_args(args)
+        with self._model_directory() as directory:
+            args = AsyncEngineArgs(
+                model=directory,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # no sampling setting is taken from the model's files
+                dtype=dtype,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                tensor_parallel_size=settings.tensor_parallel,
+                # Named, because inside a placement group vLLM would choose Ray and not ask.
+                distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
+                enforce_eager=settings.enforce_eager,
+                load_format=settings.load_format,
+                seed=settings.seed,
+                enable_prefix_caching=True,
+                # Log-probabilities of the distribution that was sampled from, temperature applied.
+                logprobs_mode="processed_logprobs",
+                max_logprobs=1,
+                disable_log_stats=True,
+                weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
+                worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
+                **{name: value for name, value in optional.items() if value is not None},
+            )
+            # Kept from here on: whatever fails next, `shutdown` ends the processes behind it.
+            self._llm = AsyncLLM.from_engine_args(args)
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         if settings.lora is not None:
             if current_platform.is_cpu() and self._llm.model_config.is_moe:
@@ -207,15 +206,18 @@ class VllmEngine:
         self._lora_request = LoRARequest("bridge", ADAPTER_ID, "/dev/null")
         await self._llm.collective_rpc("bridge_load_adapter", args=(self._settings.lora,))
 
-    def _model_directory(self) -> str:
+    @contextlib.contextmanager
+    def _model_directory(self) -> Iterator[str]:
+        """What vLLM builds the model from; it reads it while it starts, and not later."""
         if isinstance(self._model, str):
-            return self._model
-        self._private_dir = tempfile.mkdtemp(prefix="jaxrl-model-")
-        for name, content in self._model.items():
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is not a plain file name")
-            (Path(self._private_dir) / name).write_bytes(content)
-        return self._private_dir
+            yield self._model
+            return
+        with tempfile.TemporaryDirectory(prefix="jaxrl-model-") as folder:
+            for name, content in self._model.items():
+                if Path(name).name != name:
+                    raise ValueError(f"{name!r} is not a plain file name")
+                (Path(folder) / name).write_bytes(content)
+            yield folder
 
     async def stage(
         self, ticket_json: str, expected: list[list[Any]], deadline_s: float
@@ -391,13 +393,11 @@ class VllmEngine:
         return scores
 
     async def shutdown(self) -> None:
-        """Ends vLLM's processes and removes what the engine wrote."""
+        """Ends vLLM's processes."""
         llm, self._llm = self._llm, None
         self._version = None
         if llm is not None:
             llm.shutdown()
-        if self._private_dir is not None:
-            shutil.rmtree(self._private_dir, ignore_errors=True)
 
     async def _run(self, tokens: list[int], params: Any) -> Any:
         prompt = {"prompt_token_ids": list(tokens)}

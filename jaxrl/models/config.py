@@ -9,10 +9,16 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from jaxrl.models.rope import Rope, make_rope
 from jaxrl.types import UserError
+
+Size = Annotated[int, Field(gt=0, strict=True)]
+Factor = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +29,10 @@ class MoeConfig:
     checkpoint names and stores the experts; "gpt_oss" also has their biases and its own activation.
     """
 
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    normalize: bool
+    num_experts: Size
+    experts_per_token: Size
+    intermediate_size: Size
+    normalize: Flag
     layout: Literal["qwen3", "mixtral", "gpt_oss"]
 
 
@@ -55,36 +61,36 @@ class DecoderConfig:
     whether it sees only the last `sliding_window` tokens, with `sliding_rope` for positions.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
     rope: Rope
-    norm_eps: float
-    tied_embeddings: bool
-    max_positions: int
+    norm_eps: Factor
+    tied_embeddings: Flag
+    max_positions: Size
     eos_token_ids: tuple[int, ...]
     activation: Literal["silu", "gelu_tanh"] = "silu"
     norm_placement: Literal["pre", "post", "both"] = "pre"
-    norm_offset: bool = False  # norms scale by 1 + w
+    norm_offset: Flag = False  # norms scale by 1 + w
     qk_norm: Literal["head", "all"] | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    fused_projections: bool = False  # in the checkpoint; here they are always apart
-    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
-    attention_softcap: float | None = None
-    attention_sinks: bool = False
-    logit_softcap: float | None = None
-    sliding_window: int | None = None  # tokens, the present one included
+    qkv_bias: Flag = False
+    output_bias: Flag = False
+    mlp_bias: Flag = False
+    fused_projections: Flag = False  # in the checkpoint; here they are always apart
+    attention_scale: Factor | None = None  # None: 1 / sqrt(head_dim)
+    attention_softcap: Factor | None = None
+    attention_sinks: Flag = False
+    logit_softcap: Factor | None = None
+    sliding_window: Size | None = None  # tokens, the present one included
     sliding: tuple[bool, ...] = ()  # of each layer; empty: none slides
     sliding_rope: Rope | None = None  # None: as `rope`
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logit_divisor: float = 1.0
+    embedding_multiplier: Factor = 1.0
+    residual_multiplier: Factor = 1.0
+    logit_divisor: Factor = 1.0
     moe: MoeConfig | None = None
 
 
@@ -101,7 +107,8 @@ def load_config(model_dir: Path, ignore: Collection[str] = ()) -> DecoderConfig:
     path = model_dir / "config.json"
     raw = _read_json(path)
     fields = _Fields(raw)
-    architecture = (raw.get("architectures") or ["none"])[0]
+    named = raw.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "none"
     family = FAMILIES.get(architecture)
     if family is None:
         raise UserError(
@@ -112,7 +119,10 @@ def load_config(model_dir: Path, ignore: Collection[str] = ()) -> DecoderConfig:
         config = dataclasses.replace(common, **family.read(fields, common)) if common else None
         if config and not fields.was_read("layer_types"):
             _sliding(fields, config, None, [])
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        if config:
+            config = dataclasses.replace(config, eos_token_ids=_eos(model_dir, raw))
+            fields.problems += _malformed(config)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         fields.problems.append(f"malformed: {error}")
         config = None
     fields.problems += [
@@ -124,11 +134,33 @@ def load_config(model_dir: Path, ignore: Collection[str] = ()) -> DecoderConfig:
     if fields.problems or config is None:
         raise UserError(f"{path}: " + "; ".join(fields.problems))
 
+    return config
+
+
+def _eos(model_dir: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """Of generation_config.json, which is what the engines go by, or else of config.json."""
     generation = model_dir / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos = raw.get("eos_token_id") if eos is None else eos
-    ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return dataclasses.replace(config, eos_token_ids=ids)
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def _malformed(config: DecoderConfig) -> list[str]:
+    """Values of the wrong type, sizes that are none, factors that are not finite."""
+    try:
+        _CHECK.validate_python(dataclasses.asdict(config))
+    except ValidationError as error:
+        return [
+            f"{'.'.join(map(str, found['loc']))} = {found['input']!r}: {found['msg']}"
+            for found in error.errors()
+        ]
+    moe = config.moe
+    if moe and moe.experts_per_token > moe.num_experts:
+        return [f"num_experts_per_tok = {moe.experts_per_token} of {moe.num_experts} experts"]
+    return []
+
+
+_CHECK = TypeAdapter(DecoderConfig)
 
 
 class _Fields:
@@ -194,6 +226,8 @@ class _Family:
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     norm_eps: float = 1e-6
     tied_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope: dict[str, Any] | None = None  # what transformers takes where nothing is said
     rope_by_layer_kind: bool = False  # `read` makes the rotary embeddings itself
 
 
@@ -215,7 +249,7 @@ def _common(f: _Fields, family: _Family) -> DecoderConfig | None:
     max_positions = f.get("max_position_embeddings", 32768)
     rope = Rope(())
     if not family.rope_by_layer_kind:
-        rope = _rope(f, _rope_settings(f, max_positions), head_dim, max_positions)
+        rope = _rope(f, _rope_settings(f, family, max_positions), head_dim, max_positions)
     return DecoderConfig(
         vocab_size=sizes[0],
         hidden_size=hidden,
@@ -226,23 +260,24 @@ def _common(f: _Fields, family: _Family) -> DecoderConfig | None:
         head_dim=head_dim,
         rope=rope,
         norm_eps=float(f.get("rms_norm_eps", family.norm_eps)),
-        tied_embeddings=bool(f.get("tie_word_embeddings", family.tied_embeddings)),
+        tied_embeddings=f.get("tie_word_embeddings", family.tied_embeddings),
         max_positions=min(max_positions, rope.max_positions or max_positions),
         eos_token_ids=(),
     )
 
 
-def _rope_settings(f: _Fields, max_positions: int) -> dict[str, Any]:
+def _rope_settings(f: _Fields, family: _Family, max_positions: int) -> dict[str, Any]:
     """One dict from either spelling.
 
     Since transformers 5 everything stands in `rope_parameters`; before, `rope_theta` stood beside
     `rope_scaling`, whose kind was called `type` earlier still.
     """
     settings = {**f.get("rope_parameters", {}), **f.get("rope_scaling", {})}
+    settings = settings or dict(family.rope or {})
     kind = settings.get("rope_type") or settings.get("type")
     settings["rope_type"] = "longrope" if kind == "su" else kind  # its name in the first Phi-3
-    for name in ("rope_theta", "partial_rotary_factor"):
-        settings.setdefault(name, f.get(name))
+    settings.setdefault("rope_theta", f.get("rope_theta", family.rope_theta))
+    settings.setdefault("partial_rotary_factor", f.get("partial_rotary_factor"))
     length = f.get("original_max_position_embeddings", max_positions)
     if settings["rope_type"] in ("llama3", "yarn", "longrope"):
         settings.setdefault("original_max_position_embeddings", length)
@@ -288,13 +323,13 @@ def _llama(f: _Fields, c: DecoderConfig) -> dict:
 
 def _mistral(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
-    return _every_layer_slides(f, c)
+    return _sliding(f, c, _unless_null(f, "sliding_window", 4096), [True] * c.num_layers)
 
 
 def _qwen2(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
-    window = f.get("sliding_window")
-    window = window if f.get("use_sliding_window") else None
+    window, use = f.get("sliding_window"), f.get("use_sliding_window")
+    window = window if use else None
     first = f.get("max_window_layers", 28)
     sliding = _sliding(f, c, window, [layer >= first for layer in range(c.num_layers)])
     return {"qkv_bias": True} | sliding
@@ -308,8 +343,8 @@ def _qwen3(f: _Fields, c: DecoderConfig) -> dict:
 def _qwen3_moe(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)  # vLLM's model has no windows
-    for unused in ("sliding_window", "max_window_layers"):
-        f.get(unused)
+    f.get("sliding_window")
+    f.get("max_window_layers")
     f.only("mlp_only_layers", [])
     f.only("decoder_sparse_step", 1)
     bias = f.get("attention_bias", False)
@@ -382,8 +417,8 @@ def _gemma2(f: _Fields, c: DecoderConfig) -> dict:
     return (
         _gemma(f, c)
         | {
-            "attention_softcap": _cap(f, "attn_logit_softcapping", 50.0),
-            "logit_softcap": _cap(f, "final_logit_softcapping", 30.0),
+            "attention_softcap": _unless_null(f, "attn_logit_softcapping", 50.0),
+            "logit_softcap": _unless_null(f, "final_logit_softcapping", 30.0),
         }
         | _sliding(f, c, f.get("sliding_window", 4096), every_other)
     )
@@ -402,7 +437,7 @@ def _gemma3(f: _Fields, c: DecoderConfig) -> dict:
         _gemma(f, c)
         | {
             "qk_norm": "head",
-            "logit_softcap": _cap(f, "final_logit_softcapping", None),
+            "logit_softcap": _unless_null(f, "final_logit_softcapping", None),
             "rope": _rope(f, full, c.head_dim, c.max_positions),
             "sliding_rope": _rope(f, local, c.head_dim, c.max_positions),
         }
@@ -410,8 +445,8 @@ def _gemma3(f: _Fields, c: DecoderConfig) -> dict:
     )
 
 
-def _cap(f: _Fields, name: str, default: float | None) -> float | None:
-    """A soft cap, where null means none and only a missing field means the default."""
+def _unless_null(f: _Fields, name: str, default: Any) -> Any:
+    """A field where null means none, and only a missing one means the default."""
     return f.get(name) if name in f.raw else default
 
 
@@ -455,8 +490,21 @@ FAMILIES = {
     "Phi3ForCausalLM": _Family(_phi3, norm_eps=1e-5),
     "GraniteForCausalLM": _Family(_granite),
     "Qwen3MoeForCausalLM": _Family(_qwen3_moe),
-    "MixtralForCausalLM": _Family(_mixtral, norm_eps=1e-5),
-    "GptOssForCausalLM": _Family(_gpt_oss, head_dim=64, norm_eps=1e-5),
+    "MixtralForCausalLM": _Family(_mixtral, norm_eps=1e-5, rope_theta=1e6),
+    "GptOssForCausalLM": _Family(
+        _gpt_oss,
+        head_dim=64,
+        norm_eps=1e-5,
+        rope_theta=150_000.0,
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
 }
 
 

@@ -225,6 +225,8 @@ class Decoder(nnx.Module):
         if c.embedding_multiplier != 1.0:  # rounded to the compute dtype, as it is in the engines
             x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, self.dtype)
         if slot_positions_BS is None:
+            if cache is not None and c.sliding_window is not None:
+                raise ValueError("a cache and a window need the positions of the slots")
             slot_positions_BS = positions_BT
         contexts = contexts_of(c, positions_BT, mask_BTS, slot_positions_BS, self.dtype)
 

@@ -80,7 +80,7 @@ def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
         for path, spec in param_specs(c).items()
         if spec.inputs and "{layer}" in spec.hf_name and "experts" not in spec.axes
     }
-    known = {spec.module for spec in linear.values()} - {"gate", "router"}
+    known = {spec.module for spec in linear.values()}
     targets = known if lora.targets == ("all-linear",) else set(lora.targets)
     unknown = sorted(targets - known)
     if unknown:

@@ -65,8 +65,16 @@ def make_rope(settings: Mapping[str, Any], head_dim: int, max_positions: int) ->
                 + [f"needs {name}" for name in sorted(missing)]
             )
         )
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        rope = _make(kind, settings, head_dim, max_positions)
+    if not np.isfinite([*rope.frequencies, rope.amplitude]).all():
+        raise ValueError(f"rope_type = {kind!r} has frequencies that are not finite: {settings}")
+    return rope
+
+
+def _make(kind: str, settings: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
     size = int(head_dim * (settings.get("partial_rotary_factor") or 1.0))
-    base = np.float32(settings.get("rope_theta") or 10_000.0)
+    base = np.float32(float(settings.get("rope_theta") or 10_000.0))
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     plain = (np.float32(1.0) / base**exponents).astype(np.float32)
     frequencies, amplitude, bound = plain, 1.0, None

@@ -46,7 +46,7 @@ CONFIG = {
 def random_params(decoder, specs, seed):
     """Sharded over a real mesh, and wide enough that two seeds are whole nats apart."""
     shardings = param_shardings(specs, make_mesh(MeshSection(data=2, fsdp=2, tensor=2)))
-    params = jax.tree.map(lambda x: jnp.where(x == 1.0, x, 8 * x), init_params(decoder, seed))
+    params = jax.tree.map(lambda x: jnp.where(x == 1.0, x, 8 * x), init_params(specs, seed))
     return jax.tree.map(jax.device_put, params, shardings)
 
 
