@@ -5,26 +5,18 @@ Neither way is the model ever whole on the host: a tensor is read, cut up and pl
 one is being read.
 """
 
-import dataclasses
-import functools
 import itertools
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from bridge.names import HfTensor, Piece, from_hf, hf_axes, hf_shape, hf_tensors
+from bridge.names import HfTensor, hf_tensors
+from bridge.placing import Place, read_ahead, zeros
 from bridge.safetensors_files import (
     DTYPES,
     INDEX,
@@ -33,7 +25,6 @@ from bridge.safetensors_files import (
     Scan,
     StoredTensor,
     check_digest,
-    read_into,
     scan,
     shards,
     write_file,
@@ -41,7 +32,7 @@ from bridge.safetensors_files import (
 from bridge.wire import HostTensor
 from jaxrl import durable
 from jaxrl.models.params import ParamSpec, Path, tree_of
-from jaxrl.types import RunError, UserError
+from jaxrl.types import UserError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,13 +48,6 @@ TOKENIZER_FILES = (
 )
 # Constants that old writers saved with the weights; the model computes them.
 _CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$")
-# Bytes placed at a time. Small enough that the allocator hands the same memory out again (fresh
-# pages cost more than the copy) and that what is on its way does not count; large enough that
-# starting a program (0.1 to 0.4 ms) does not count either.
-_CHUNK = 16 << 20
-# Backends whose pieces are transposed on the way in. The CPU's does that at 2 GB/s, and at 0.3 in a
-# program, where XLA's loop walks the rows of one side and the columns of the other.
-_TRANSPOSED = {"cpu"}
 
 
 def load_params(
@@ -87,13 +71,19 @@ def load_params(
     wanted = hf_tensors(specs)
     found = scan(model_dir)
     _refuse(model_dir, found.problems + _misfits(found, wanted))
-    places = {path: _Place(spec, _at(shardings, path), dtype) for path, spec in specs.items()}
+    places = {path: Place(spec, _at(shardings, path), dtype) for path, spec in specs.items()}
     stored = sorted((found.tensors[name] for name in wanted), key=lambda t: (t.file, t.offset))
-    leaves = _zeros(places)
+    chunks = [
+        chunk
+        for tensor in stored
+        for piece in wanted[tensor.name].pieces
+        for chunk in places[piece.path].chunks(tensor, piece)
+    ]
+    leaves = zeros(places)
     verifier = ThreadPoolExecutor(1)
     try:
         verified = [verifier.submit(_damage, tensor) for tensor in stored if tensor.sha256]
-        for chunk, rows in _read_ahead(list(_chunks(stored, wanted, places))):
+        for chunk, rows in read_ahead(chunks):
             leaf = leaves.pop(chunk.piece.path)
             leaves[chunk.piece.path] = places[chunk.piece.path].put(leaf, chunk, rows)
         _refuse(model_dir, [damage for result in verified if (damage := result.result())])
@@ -120,28 +110,15 @@ def save_model(
     Raises:
       RunError: it cannot be written; what was there before is as it was.
     """
-    partial = target.with_name(f"{durable.TEMPORARY}{target.name}")
-    try:
-        durable.remove(partial)
-        durable.make_directory(partial)
-        dtype = _write_weights(tensors, partial, max_shard_bytes)
+    with durable.replacing(target) as folder:
+        dtype = _write_weights(tensors, folder, max_shard_bytes)
         config = json.loads((source / "config.json").read_text())
         config.pop("torch_dtype", None)
-        durable.write_file(
-            partial / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
-        )
+        text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+        durable.write_file(folder / "config.json", text)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                _copy(source / name, partial / name)
-        durable.sync_directory(partial)
-        _replace(target, partial)
-    except OSError as error:
-        raise RunError(
-            f"{target}: the model could not be written: {error.strerror or error}; make room or "
-            "name another directory, nothing was replaced"
-        ) from error
-    finally:
-        durable.remove(partial)
+                _copy(source / name, folder / name)
 
 
 def _write_weights(tensors: Iterable[HostTensor], folder: FilePath, max_shard_bytes: int) -> str:
@@ -172,22 +149,6 @@ def _copy(source: FilePath, target: FilePath) -> None:
     shutil.copyfile(source, target)
     with target.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _replace(target: FilePath, new: FilePath) -> None:
-    """Puts the directory `new` in the place of `target`, which may be missing."""
-    old = target.with_name(f"{durable.TEMPORARY}removed.{target.name}")
-    durable.remove(old)
-    if os.path.lexists(target):
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if os.path.lexists(old):
-            old.rename(target)
-        raise
-    durable.sync_directory(target.parent)
-    durable.remove(old)
 
 
 def _misfits(found: Scan, wanted: dict[str, HfTensor]) -> list[str]:
@@ -221,63 +182,6 @@ def _refuse(model_dir: FilePath, problems: list[str], most: int = 20) -> None:
         raise UserError(f"{model_dir}: these weights cannot be loaded:\n  {lines}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Chunk:
-    """What is placed at once: of every shard of a piece the same rows, `count` indices from `start`
-    on along the first output axis."""
-
-    tensor: StoredTensor
-    piece: Piece
-    start: int
-    count: int
-    stretches: tuple[tuple[int, int], ...]  # (byte in the tensor, bytes), those of this process
-
-    def read(self, memory: np.ndarray) -> np.ndarray:
-        """Fills `memory`, uint8, with the stretches; returns them as [rows, ...].
-
-        Raises:
-          DamageError: they cannot be read; names file and tensor.
-        """
-        end = 0
-        for start, nbytes in self.stretches:
-            read_into(self.tensor, start, memory[end : end + nbytes])
-            end += nbytes
-        rows = memory[:end].view(jnp.dtype(self.tensor.dtype))
-        return rows.reshape(-1, *self.tensor.shape[1:])
-
-
-def _chunks(
-    stored: Iterable[StoredTensor], wanted: dict[str, HfTensor], places: dict[Path, "_Place"]
-) -> Iterator[_Chunk]:
-    for tensor in stored:
-        for piece in wanted[tensor.name].pieces:
-            yield from places[piece.path].chunks(tensor, piece)
-
-
-def _read_ahead(chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, np.ndarray]]:
-    """Reads each chunk while the one before it is being placed.
-
-    What is yielded is overwritten once the one after it is asked for: two stretches of memory take
-    turns, because fresh pages cost more than reading does.
-    """
-    most = max((sum(n for _, n in chunk.stretches) for chunk in chunks), default=0)
-    memory = [_aligned(most), _aligned(most)]
-    with ThreadPoolExecutor(1) as pool:
-        reading = [pool.submit(chunk.read, memory[i]) for i, chunk in enumerate(chunks[:1])]
-        for i, chunk in enumerate(chunks):
-            rows = reading.pop().result()
-            if i + 1 < len(chunks):
-                reading.append(pool.submit(chunks[i + 1].read, memory[(i + 1) % 2]))
-            yield chunk, rows
-
-
-def _aligned(nbytes: int, boundary: int = 64) -> np.ndarray:
-    """Memory that the CPU backend can take for an array of its own, without a copy."""
-    memory = np.empty(nbytes + boundary, np.uint8)
-    start = -memory.ctypes.data % boundary
-    return memory[start : start + nbytes]
-
-
 def _damage(tensor: StoredTensor) -> str | None:
     """What is wrong with the bytes of a tensor that has a digest."""
     try:
@@ -285,147 +189,6 @@ def _damage(tensor: StoredTensor) -> str | None:
     except DamageError as problem:
         return str(problem)
     return None
-
-
-class _Place:
-    """Where the pieces of one leaf go.
-
-    Everything is said of one shard, and every device does its own part: the programs hold no
-    communication, so that no device ever needs room for more than its shard and a chunk.
-    """
-
-    def __init__(self, spec: ParamSpec, sharding: NamedSharding, dtype: str) -> None:
-        self.spec, self.sharding, self.dtype = spec, sharding, dtype
-        parts = (*sharding.spec, *[None] * (len(spec.shape) - len(sharding.spec)))
-        split = {None: None} | dict(zip(spec.axes, parts, strict=True))
-        whole = [axis for axis in spec.axes[spec.stack :] if axis not in hf_axes(spec)]
-        if any(split[axis] for axis in whole):
-            raise ValueError(f"{spec.hf_name}: {whole} cannot be split over {sharding}")
-        hf_sharding = NamedSharding(sharding.mesh, P(*(split[axis] for axis in hf_axes(spec))))
-        held = hf_sharding.addressable_devices_indices_map(hf_shape(spec))
-        self.devices = list(held)
-        self.held = [_bounds(index or (), hf_shape(spec)) for index in held.values()]
-        self.blocks = sorted({rows.start for rows, *_ in self.held})  # first rows of our shards
-        # One shard, by a name that leaves of one kind share: they share their programs.
-        stacked = "".join(key for key in ("{layer}", "{expert}") if key in spec.hf_name)
-        self.shard = dataclasses.replace(
-            spec, shape=sharding.shard_shape(spec.shape), axes=(), hf_name=stacked, row=0
-        )
-        self.axis = spec.stack + (spec.inputs or 0)  # the first output axis: chunks are cut there
-        self.transposed = self.devices[0].platform in _TRANSPOSED
-        # There bfloat16 is updated by way of a float32 copy of the whole leaf, integers in place.
-        self.held_as = "uint16" if self.transposed and dtype == "bfloat16" else dtype
-        ours = NamedSharding(sharding.mesh, P(*parts[spec.stack :]))
-        self.piece_sharding = ours if self.transposed else hf_sharding
-
-    def chunks(self, tensor: StoredTensor, piece: Piece) -> Iterator[_Chunk]:
-        """What is to be read and placed of one piece."""
-        size = self.shard.shape[self.axis]
-        if not tensor.nbytes:
-            return
-        row_bytes = tensor.nbytes // tensor.shape[0]
-        unit = hf_shape(self.shard)[0] // size  # rows of one index
-        count = min(max(_CHUNK // (unit * row_bytes * len(self.blocks)), 1), size)
-        for step in range(0, size, count):
-            start = min(step, size - count)  # the last may overlap: it has the shape of the others
-            stretches = [
-                ((piece.start + block + start * unit) * row_bytes, count * unit * row_bytes)
-                for block in self.blocks
-            ]
-            yield _Chunk(tensor, piece, start, count, tuple(stretches))
-
-    def put(self, leaf: jax.Array, chunk: _Chunk, rows: np.ndarray) -> jax.Array:
-        """Returns the leaf with the chunk in it; the leaf that was passed in is consumed.
-
-        `rows`, which `chunk.read` returned, are not needed after the return.
-        """
-        shape, axis = self.shard.shape, self.axis
-        shape = (*shape[:axis], chunk.count, *shape[axis + 1 :])
-        part = dataclasses.replace(self.shard, shape=shape)
-        length = len(rows) // len(self.blocks)
-        views = []
-        for held in self.held:
-            first = self.blocks.index(held[0].start) * length
-            view = rows[first : first + length, *held[1:]]
-            views.append(from_hf(part, view) if self.transposed else view)
-        program = _setter(part, self.sharding, self.piece_sharding, self.transposed, self.dtype)
-        at = np.array([*chunk.piece.index, chunk.start], np.int32)
-        return program(leaf, self._assemble(views), at).block_until_ready()
-
-    def finish(self, leaf: jax.Array) -> jax.Array:
-        """The leaf in its own dtype, which takes over the memory of the one passed in."""
-        if self.held_as == self.dtype:
-            return leaf
-        held = leaf.addressable_shards
-        views = [np.asarray(shard.data).view(jnp.dtype(self.dtype)) for shard in held]
-        parts = jax.device_put(views, [shard.device for shard in held])  # the CPU: without a copy
-        return jax.make_array_from_single_device_arrays(leaf.shape, self.sharding, parts)
-
-    def _assemble(self, views: list[np.ndarray]) -> jax.Array:
-        """One array of which every device holds its view."""
-        parts = (*self.piece_sharding.spec,)
-        sizes = zip(views[0].shape, parts, strict=True)
-        shape = tuple(size * _ways(self.sharding, part) for size, part in sizes)
-        arrays = jax.device_put(views, self.devices)
-        return jax.make_array_from_single_device_arrays(shape, self.piece_sharding, arrays)
-
-
-@functools.cache
-def _setter(
-    spec: ParamSpec, sharding: NamedSharding, piece: NamedSharding, transposed: bool, dtype: str
-):
-    """Returns set(leaf, piece, at) -> leaf, compiled once for each kind of leaf.
-
-    Layout and cast to `dtype` run on the device; the leaf has that dtype, or holds its bits. `spec`
-    is what one device gets of a piece; `at`, int32 [stack + 1], is the index in the stack, and the
-    start on the first output axis.
-    """
-    stack, axis = spec.stack, spec.stack + (spec.inputs or 0)
-    parts = (*sharding.spec, *[None] * stack)[:stack]
-
-    def set_shard(leaf: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
-        rows = (rows if transposed else from_hf(spec, rows)).astype(dtype)
-        rows = rows.view(leaf.dtype).reshape((1,) * stack + rows.shape)
-        start = [jnp.int32(0)] * leaf.ndim
-        start[axis] = at[stack]
-        here = jnp.bool_(True)
-        for i, part in enumerate(parts):
-            start[i] = at[i]
-            if part is not None:  # the index may be one of another device's
-                start[i] = at[i] - jax.lax.axis_index(part) * leaf.shape[i]
-                here &= (start[i] >= 0) & (start[i] < leaf.shape[i])
-        if any(part is not None for part in parts):
-            rows = jnp.where(here, rows, jax.lax.dynamic_slice(leaf, start, rows.shape))
-        return jax.lax.dynamic_update_slice(leaf, rows, start)
-
-    return jax.jit(
-        jax.shard_map(
-            set_shard,
-            mesh=sharding.mesh,
-            in_specs=(sharding.spec, piece.spec, P()),
-            out_specs=sharding.spec,
-        ),
-        donate_argnums=0,
-    )
-
-
-def _zeros(places: dict[Path, _Place]) -> dict[Path, jax.Array]:
-    """Every leaf as zeros, each device its own shards, in one program."""
-    kinds = [(place.spec.shape, place.held_as) for place in places.values()]
-    shardings = [place.sharding for place in places.values()]
-    make = jax.jit(lambda: [jnp.zeros(*kind) for kind in kinds], out_shardings=shardings)
-    return dict(zip(places, make(), strict=True))
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    index = (*index, *[slice(None)] * (len(shape) - len(index)))
-    return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
-
-
-def _ways(sharding: NamedSharding, part: str | tuple[str, ...] | None) -> int:
-    """Into how many parts a dimension is split."""
-    names = (part,) if isinstance(part, str) else part or ()
-    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _at(tree: Any, path: Path) -> Any:

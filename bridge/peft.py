@@ -14,7 +14,6 @@ from jaxrl import durable
 from jaxrl.models.config import LoraConfig
 from jaxrl.models.params import ParamSpec
 from jaxrl.models.params import Path as ParamPath
-from jaxrl.types import RunError
 
 
 def adapter_config(
@@ -44,18 +43,6 @@ def save_adapter(tensors: Iterable[HostTensor], config: dict[str, Any], target: 
     Raises:
       RunError: it cannot be written; what was there before is as it was.
     """
-    partial = target.with_name(f"{durable.TEMPORARY}{target.name}")
-    try:
-        durable.remove(partial)
-        durable.make_directory(partial)
-        durable.write_file(partial / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-        write_file(partial / "adapter_model.safetensors", list(tensors))
-        durable.sync_directory(partial)
-        durable.replace_directory(target, partial)
-    except OSError as error:
-        raise RunError(
-            f"{target}: the adapter could not be written: {error.strerror or error}; make room or "
-            "name another directory, nothing was replaced"
-        ) from error
-    finally:
-        durable.remove(partial)
+    with durable.replacing(target) as folder:
+        durable.write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        write_file(folder / "adapter_model.safetensors", list(tensors))

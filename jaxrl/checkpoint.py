@@ -86,6 +86,8 @@ def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int)
     try:
         durable.make_directory(root)
         damaged = _damaged_from(root, step)
+        durable.remove(temporary)
+        temporary.mkdir()
         _write(temporary, step, leaves, host_json)
         for path in damaged:
             durable.remove(path)
@@ -142,7 +144,7 @@ def restore_newest(root: Path, abstract: Any) -> Restored | None:
 
 
 def save_alone(path: Path, arrays: Any, host: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Writes a checkpoint that belongs to no run, as step 0, to `path`, which must not exist.
+    """Writes a checkpoint that belongs to no run, as step 0; one that exists is replaced.
 
     Args:
       arrays, host: as for `save`.
@@ -152,29 +154,14 @@ def save_alone(path: Path, arrays: Any, host: Mapping[str, Any], files: Mapping[
       CheckpointError: nothing was written.
     """
     leaves = _named_leaves(arrays)
-    temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
+    host_json = json.dumps(dict(host), allow_nan=False, indent=1)
     try:
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists")
-        durable.make_directory(path.parent)
-        durable.remove(temporary)
-        temporary.mkdir()
-        for name, file in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, temporary / name)
-        with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(temporary.absolute() / ARRAYS, leaves)
-        text = json.dumps(dict(host), allow_nan=False, indent=1)
-        (temporary / HOST).write_text(text, encoding="utf-8")
-        facts = {"schema": SCHEMA, "step": 0, "libraries": _library_versions()}
-        durable.seal(temporary, facts | {"arrays": _describe(leaves)})
-        if problem := durable.damage(temporary):
-            raise OSError(f"what was written reads back differently: {problem}")
-        os.rename(temporary, path)
-        durable.sync_directory(path.parent)
+        with durable.replacing(path) as folder:
+            for name, file in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
+            _write(folder, 0, leaves, host_json)
     except Exception as error:  # Orbax answers a full disk with ValueError, others with OSError
-        with contextlib.suppress(OSError):
-            durable.remove(temporary)
         raise CheckpointError(f"{path}: was not written: {error}") from error
 
 
@@ -256,8 +243,7 @@ def _damaged_from(root: Path, step: int) -> list[Path]:
 
 
 def _write(path: Path, step: int, leaves: dict[str, Any], host_json: str) -> None:
-    durable.remove(path)
-    path.mkdir()
+    """Fills the empty directory `path`."""
     # The asynchronous checkpointers of Orbax go on creating files after a save has failed.
     with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(path.absolute() / ARRAYS, leaves)

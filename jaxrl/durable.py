@@ -8,6 +8,7 @@ A *sealed* directory carries a manifest of everything in it:
 It is whole while no byte differs, no file is missing and none was added.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from jaxrl.types import RunError
 
 MANIFEST, MANIFEST_DIGEST = "MANIFEST.json", "MANIFEST.sha256"
 TEMPORARY = "tmp."  # what a name starts with until its bytes are complete, and once they are not
@@ -101,13 +104,45 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def replace_directory(target: Path, new: Path) -> None:
-    """Puts the directory `new` in the place of `target`, which may be missing."""
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yields an empty directory to fill, which then takes the place of `target` if there is one.
+
+    Raises:
+      RunError: it could not be written. After this and any other error, what was there before is
+        there, and nothing else.
+    """
+    new = target.with_name(f"{TEMPORARY}{target.name}")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        remove(new)
+        make_directory(new)
+        yield new
+        sync_directory(new)
+        _replace(target, new)
+    except OSError as error:
+        raise RunError(
+            f"{target}: could not be written: {error.strerror or error}; make room or name another "
+            "directory, nothing was replaced"
+        ) from error
+    finally:
+        remove(new)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it is not empty: all went well
+                folder.rmdir()
+
+
+def _replace(target: Path, new: Path) -> None:
     old = target.with_name(f"{TEMPORARY}removed.{target.name}")
     remove(old)
     if os.path.lexists(target):
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
     sync_directory(target.parent)
     remove(old)
 

@@ -79,7 +79,7 @@ class FakeFleet:
 
     def __init__(self, channel, **engines):
         self.channel, self.engines = channel, engines
-        self.asked, self.serving = [], {}
+        self.asked, self.serving, self.expected = [], {}, []
         self.silent = set()  # engines that are gone when the probe is sent
 
     def _ask(self, name, call):
@@ -94,7 +94,8 @@ class FakeFleet:
                 outcomes[engine_name] = failure
         return outcomes
 
-    def stage(self, ticket):
+    def stage(self, ticket, expected=None):
+        self.expected.append(expected)
         return self._ask("stage", lambda engine: engine.stage(self.channel, ticket))
 
     def commit(self, version):
@@ -263,3 +264,29 @@ def test_what_was_published_does_not_change_when_the_parameters_do():
     mine[:] = -1.0
     np.testing.assert_array_equal(fleet.engines["a"].weights, params())
     verify(*fleet.channel.versions[0])
+
+
+EXPECTED = [("w", "float32", (4,))]
+
+
+def test_frozen_weights_are_carried_and_loaded_and_nobody_is_admitted_yet():
+    publisher, fleet, warnings = make(a=FakeEngine(), b=FakeEngine())
+    publisher.publish_frozen(export(params()), EXPECTED, 3)
+    assert fleet.asked == ["stage", "commit"] and fleet.expected == [EXPECTED]
+    assert not fleet.serving and not warnings
+    np.testing.assert_array_equal(fleet.engines["b"].weights, params())
+    publisher.publish(params(1), 4)
+    assert fleet.expected == [EXPECTED, None]  # a version holds what every version does
+    assert fleet.serving == {"a": 4, "b": 4}
+
+
+@pytest.mark.parametrize("fault", ["stage", "commit", "version", "digest"])
+def test_an_engine_that_does_not_get_the_frozen_weights_is_named(fault):
+    engine, said = faulty(fault)
+    publisher, _, warnings = make(good=FakeEngine(), bad=engine)
+    publisher.publish_frozen(export(params()), EXPECTED, 7)
+    assert len(warnings) == 1 and "bad: " in warnings[0] and re.search(said, warnings[0])
+    alone, _ = faulty(fault)
+    publisher, *_ = make(bad=alone)
+    with pytest.raises(PublishError, match=said):
+        publisher.publish_frozen(export(params()), EXPECTED, 7)

@@ -20,7 +20,6 @@ mistake in the input, and then nothing was written.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
@@ -73,9 +72,8 @@ def hf2jax(options: argparse.Namespace) -> str:
     params = load_params(source, specs, _on_one_device(specs), options.dtype)
     small = [n for n in ("config.json", *TOKENIZER_FILES) if (source / n).is_file()]
     host = {"source": str(source.resolve()), "ignore_config_fields": ignore}
-    with _written_aside(target) as aside:
-        files = {f"{MODEL}/{name}": source / name for name in small}
-        checkpoint.save_alone(aside, {"params": params}, host, files)
+    files = {f"{MODEL}/{name}": source / name for name in small}
+    checkpoint.save_alone(target, {"params": params}, host, files)
     seconds = time.perf_counter() - start
     written = Tally()
     weights = Weights(specs, lambda paths: {path: _at(params, path) for path in paths})
@@ -97,12 +95,13 @@ def jax2hf(options: argparse.Namespace) -> str:
 
     start, written = time.perf_counter(), Tally()
     weights = weights_of(stored, policy, merged=options.lora == "merged")
-    tensors = written.through(export_stream(weights, options.dtype))
-    with _written_aside(options.dst) as aside:
-        if policy.lora is not None and options.lora == "adapter":
-            save_adapter(tensors, adapter_config(policy.lora, weights.specs, policy.base), aside)
-        else:
-            save_model(tensors, policy.model_dir, aside)
+    dtype = options.dtype or ("float32" if options.lora == "adapter" else "bfloat16")
+    tensors = written.through(export_stream(weights, dtype))
+    if policy.lora is not None and options.lora == "adapter":
+        settings = adapter_config(policy.lora, weights.specs, policy.base)
+        save_adapter(tensors, settings, options.dst)
+    else:
+        save_model(tensors, policy.model_dir, options.dst)
     return written.report(options.dst, time.perf_counter() - start, stored.step)
 
 
@@ -237,10 +236,7 @@ def _merged(stored: Stored, policy: PolicyFacts, lora: LoraConfig, adapters: Wei
 
 
 def _check_fit(stored: Stored, policy: PolicyFacts) -> None:
-    try:
-        wanted = {_array_name(path): spec.shape for path, spec in policy.trained.items()}
-    except ValueError as error:  # adapters on layers that this model does not have
-        raise UserError(f"{policy.model_dir}: is not the model of {stored.path}: {error}") from None
+    wanted = {_array_name(path): spec.shape for path, spec in policy.trained.items()}
     found = {n: shape for n, (_, shape) in stored.arrays.items() if n.startswith("params/")}
     problems = [f"{name}: is not in the checkpoint" for name in wanted if name not in found]
     problems += [f"{name}: is not of this model" for name in found if name not in wanted]
@@ -351,35 +347,6 @@ def _foreign_files(target: Path) -> list[str]:
     return sorted(n for n in names - ours if not (target / n).match("model*.safetensors"))
 
 
-@contextlib.contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `target` at the end; an error leaves nothing."""
-    scratch = target.with_name(f"{durable.TEMPORARY}convert.{target.name}")
-    old = target.with_name(f"{durable.TEMPORARY}replaced.{target.name}")
-    made = _missing_parents(target)
-    try:
-        durable.remove(scratch)
-        scratch.mkdir(parents=True)
-        yield scratch / target.name
-        if os.path.lexists(target):
-            durable.remove(old)
-            os.rename(target, old)
-        os.rename(scratch / target.name, target)
-        durable.sync_directory(target.parent)
-        made = []
-    finally:
-        durable.remove(scratch)
-        for folder in made:
-            with contextlib.suppress(OSError):  # somebody else put something there
-                folder.rmdir()
-    durable.remove(old)
-
-
-def _missing_parents(target: Path) -> list[Path]:
-    """Folders above `target` that do not exist yet, innermost first."""
-    return [folder for folder in target.parents if not folder.exists()]
-
-
 # --- small things ---
 
 
@@ -430,7 +397,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     back = commands.add_parser("jax2hf", help="a JAX checkpoint to a Hugging Face directory")
     back.set_defaults(run=jax2hf)
     back.add_argument("ckpt", type=Path, help="a checkpoint, or the directory of a run")
-    back.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    back.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16"],
+        help="default: bfloat16, and float32 for an adapter, as a run writes them",
+    )
     back.add_argument("--step", type=int, metavar="N", help="default: the newest whole one")
     back.add_argument("--lora", choices=["merged", "adapter"], default="merged")
     back.add_argument("--model", type=Path, metavar="DIR", help="where model.path is now")

@@ -190,7 +190,7 @@ def test_bfloat16_parameters_are_the_files_values_rounded(stored, sizes, tmp_pat
 @pytest.mark.parametrize("chunk", [1, 100])
 @pytest.mark.parametrize("sizes", MESHES[:4])
 def test_what_is_placed_in_chunks_is_the_same(chunk, sizes, directory, weights, monkeypatch):
-    monkeypatch.setattr("bridge.checkpoints._CHUNK", chunk)
+    monkeypatch.setattr("bridge.placing._CHUNK", chunk)
     loaded = load_params(directory, SPECS, shardings(**sizes))
     assert_same(loaded, expected(weights, np.float32))
 
@@ -204,7 +204,7 @@ def test_experts_can_be_split_too(directory, weights):
 
 def test_the_layout_also_changes_on_the_device(directory, weights, monkeypatch):
     """As it does on an accelerator: the tensors go there as they lie in the file."""
-    monkeypatch.setattr("bridge.checkpoints._TRANSPOSED", set())
+    monkeypatch.setattr("bridge.placing._TRANSPOSED", set())
     for sizes in MESHES[0], MESHES[3]:
         for dtype in ("float32", "bfloat16"):
             loaded = load_params(directory, SPECS, shardings(**sizes), dtype)
@@ -380,7 +380,7 @@ for _name in ("../m", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", 5, No
 def test_damage_is_named_before_anything_is_placed(damage, directory, monkeypatch):
     make, named = DAMAGES[damage]
     make(directory)
-    monkeypatch.setattr("bridge.checkpoints._zeros", None)  # what places would fail on this
+    monkeypatch.setattr("bridge.checkpoints.zeros", None)  # what places would fail on this
     said = report(directory)
     assert named in said and "damaged" in said, said
 

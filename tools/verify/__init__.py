@@ -1,0 +1,1 @@
+"""Shows that a Hugging Face model converts exactly: `python -m tools.verify`."""
