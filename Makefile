@@ -1,6 +1,7 @@
-# make demo    sets up, then trains the demo (configs/arithmetic.yaml) in a few minutes
-# make test    sets up, then runs the whole test suite
-# make check   lint, format and types
+# make demo      sets up, then trains the demo (configs/arithmetic.yaml) in a few minutes
+# make test      sets up, then runs the whole test suite
+# make check     lint, format and types
+# make families  tools.verify on a model of each family, with a running engine (about ten minutes)
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # and with them `import transformers` fails.
 CUDA_BUILDS := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check families
 
 setup: $(VENV)/.ready
 
@@ -34,3 +35,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+families: setup
+	set -e; for model in tests/tools/families/*; do \
+		$(BIN)/python -m tools.verify $$model --random-weights --layers 4 --engine vllm; done

@@ -272,7 +272,7 @@ def train(command: Command) -> int:
         state = run(parts, state, first_step, interrupt)
         finished = int(state.step) >= c.run.steps
         if finished:
-            learner.save(state.params, c.model.path, run_dir)
+            learner.save(state.params, c.model.path, model_dir, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
@@ -302,11 +302,10 @@ class Learner:
 
         return 0 if self.frozen is None else int(fingerprint(self.frozen))
 
-    def save(self, params: Params, model_path: str, run_dir: RunDir) -> None:
+    def save(self, params: Params, model_path: str, model_dir: Path, run_dir: RunDir) -> None:
         """What the run was for: a Hugging Face directory, and of adapters a PEFT one as well."""
         from bridge.checkpoints import save_model
         from bridge.peft import adapter_config, save_adapter
-        from jaxrl.model_dir import find_model
         from jaxrl.models.lora import merged_params, with_adapters
 
         if self.lora is not None:
@@ -314,7 +313,7 @@ class Learner:
             save_adapter(self.export(params), settings, run_dir.adapter)
             whole = with_adapters(self.frozen or {}, params)
             params = merged_params(self.specs, self.lora, whole)
-        save_model(self.export_whole(params), find_model(model_path), run_dir.export)
+        save_model(self.export_whole(params), model_dir, run_dir.export)
 
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:

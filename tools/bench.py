@@ -35,10 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the parts of a step on this machine")
     parser.add_argument("what", choices=["update", "sampler", "convert"])
     parser.add_argument("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
+    parser.add_argument("--files", type=int, default=4, help="convert: that hold the weights")
     parser.add_argument("--mesh", default="fsdp=1", help="convert: data=, fsdp=, tensor=")
     options = parser.parse_args()
     if options.what == "convert":
-        bench_convert(options.gigabytes, options.mesh)
+        bench_convert(options.gigabytes, options.files, options.mesh)
     else:
         {"update": bench_update, "sampler": bench_sampler}[options.what]()
 
@@ -167,8 +168,8 @@ def bench_sampler() -> None:
         fleet.close()
 
 
-def bench_convert(gigabytes: float, mesh: str) -> None:
-    """Random bfloat16 weights in four files, read from the page cache and written to the disk.
+def bench_convert(gigabytes: float, files: int, mesh: str) -> None:
+    """Random bfloat16 weights in some files, read from the page cache and written to the disk.
 
     Each row is a process of its own, so that its peak memory is its own too.
     """
@@ -183,9 +184,17 @@ def bench_convert(gigabytes: float, mesh: str) -> None:
     nbytes = 2 * (151_936 * 2048 + layers * 50_337_024)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        print(f"{nbytes / 1e9:.2f} GB of bfloat16, {layers} layers, mesh {mesh}")
+        print(f"{nbytes / 1e9:.2f} GB of bfloat16, {layers} layers, {files} files, mesh {mesh}")
         raw_write = _row("raw write, flushed", nbytes, _raw_write, Path(folder, "raw"), nbytes)
-        _row("save, SHA-256 of each tensor", nbytes, _save, model, layers, nbytes, base=raw_write)
+        _row(
+            "save, SHA-256 of each tensor",
+            nbytes,
+            _save,
+            model,
+            layers,
+            nbytes // files,
+            base=raw_write,
+        )
         _raw_read(model)
         raw_read = _row("raw read", nbytes, _raw_read, model)
         _row("fresh memory for float32, touched", nbytes, _touch, 2 * nbytes, base=raw_read)
@@ -217,7 +226,7 @@ def _convert_specs(layers: int) -> Any:
     return param_specs(c)
 
 
-def _save(model: Path, layers: int, nbytes: int) -> tuple[float, float]:
+def _save(model: Path, layers: int, file_bytes: int) -> tuple[float, float]:
     from bridge.checkpoints import save_model
     from bridge.names import hf_tensors
     from bridge.wire import HostTensor
@@ -231,7 +240,7 @@ def _save(model: Path, layers: int, nbytes: int) -> tuple[float, float]:
         for name, tensor in tensors.items()
     )
     start = time.perf_counter()
-    save_model(stream, DEMO_DIR, model, max_shard_bytes=nbytes // 4 + most // 8)
+    save_model(stream, DEMO_DIR, model, max_shard_bytes=file_bytes + most // 8)
     return time.perf_counter() - start, 0.0
 
 
