@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
+import peft
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 RANK = 4
@@ -127,3 +130,48 @@ def test_vllm_serves_the_adapters_that_were_trained(tmp_path):
         assert line["mismatch/max_abs_dlogp"] <= 1e-4  # of every sampled token
     # The frozen weights took a number of their own, ahead of the first adapters.
     assert [line["weights/version"] for line in lines] == [2, 3, 4, 5, 6]
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+base, adapter, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(
+    model=base, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, enable_lora=True,
+    max_lora_rank=8, max_model_len=64, kv_cache_memory_bytes=64 << 20,
+    enable_chunked_prefill=False,
+)
+sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+request = LoRARequest("trained", 1, adapter)
+(output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, lora_request=request)
+print(json.dumps([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]]))
+"""
+
+
+def test_vllm_alone_opens_the_peft_directory_and_means_what_peft_does_by_it(finished):
+    _, run, model = finished
+    tokens = [5, 9, 100, 3, 3, 64, 1, 200, 17, 40]
+    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    quiet |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_VLLM, str(model), str(run / "adapter"), json.dumps(tokens)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", **quiet},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    served = np.array(json.loads(done.stdout.splitlines()[-1]))
+
+    base = AutoModelForCausalLM.from_pretrained(model).float().eval()
+    plain = logprobs_of(base, tokens)
+    adapted = logprobs_of(peft.PeftModel.from_pretrained(base, run / "adapter").eval(), tokens)
+    np.testing.assert_allclose(served, adapted, atol=1e-4)
+    assert np.abs(adapted - plain).max() > 1e-3
+
+
+def logprobs_of(model, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1)
+    return np.array([logs[i, token].item() for i, token in enumerate(tokens[1:])])
