@@ -144,7 +144,9 @@ llm = LLM(
 )
 sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
 request = LoRARequest("trained", 1, adapter)
-(output,) = llm.generate([{"prompt_token_ids": tokens}], sampling, lora_request=request)
+prompts = [{"prompt_token_ids": tokens}]
+# Without its bar: where bars are switched off, vLLM divides by the time that its own shows.
+(output,) = llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
 print(json.dumps([next(iter(x.values())).logprob for x in output.prompt_logprobs[1:]]))
 """
 
