@@ -172,6 +172,32 @@ class OptimizerSection(Section):
     )
 
 
+class UpdateSection(Section):
+    share_prompts: bool = knob(
+        True, "compute a prompt once for the completions behind it, not once for each of them"
+    )
+    row_tokens: int = knob(
+        4096,
+        "rows become as long as a prompt and all its completions, up to this; a longer completion "
+        "lengthens them regardless",
+        unit="tokens",
+        ge=1,
+    )
+    max_tokens_per_microbatch: int | None = knob(
+        None,
+        "row slots, over all devices, whose gradient is computed at a time; the result does not "
+        "depend on it. default: the whole batch at once",
+        unit="tokens",
+        ge=1,
+    )
+    logits_mib: int = knob(
+        160,
+        "float32 logits of the update that exist at a time on a device; the rest is computed later",
+        unit="MiB",
+        ge=1,
+    )
+
+
 class MeshSection(Section):
     data: int = knob(1, "batch shards; parameters are copied over this axis", unit="devices", ge=1)
     fsdp: int = knob(
@@ -232,6 +258,7 @@ class Config(Section):
     vllm: VllmSection = VllmSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
+    update: UpdateSection = UpdateSection()
     mesh: MeshSection = MeshSection()
     publish: PublishSection = PublishSection()
     eval: EvalSection = EvalSection()
@@ -282,11 +309,13 @@ class Config(Section):
 def contradictions(c: Config) -> list[str]:
     """The rules no single field can state; each problem with its way out."""
     found = []
-    shards = c.mesh.data * c.mesh.fsdp
-    if c.completions_per_step % shards:
+    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    microbatch, row = c.update.max_tokens_per_microbatch, 1 << (longest - 1).bit_length()
+    if microbatch is not None and microbatch < row:
         found.append(
-            f"rollout.prompts_per_step * rollout.group_size = {c.completions_per_step} rows cannot "
-            f"be split over mesh.data * mesh.fsdp = {shards} shards; make it a multiple of {shards}"
+            f"update.max_tokens_per_microbatch = {microbatch} is less than one row: "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens need rows of "
+            f"{row}; make it at least {row}, or lower one of the two"
         )
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from jaxrl.types import Group
+from jaxrl.types import Group, TrainBatch
 
 
 class Clock:
@@ -44,4 +44,19 @@ def describe_rollouts(groups: list[Group], rollout_s: float, update_s: float) ->
         "completion/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "tokens_per_s/rollout": float(lengths.sum() / rollout_s),
         "tokens_per_s/train": float((lengths.sum() + prompts) / update_s),
+    }
+
+
+def describe_packing(groups: list[Group], batch: TrainBatch) -> dict[str, float]:
+    """How full the rows are, and which share of the tokens standing behind a prompt of their own
+    would have needed was saved."""
+    packed = np.count_nonzero(batch.group_BT)
+    unshared = sum(
+        len(group.prompt.tokens) + len(rollout.tokens)
+        for group in groups
+        for rollout in group.rollouts
+    )
+    return {
+        "pack/efficiency": float(packed / batch.group_BT.size),
+        "pack/shared_prompt_saving": float(1 - packed / unshared),
     }

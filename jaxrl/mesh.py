@@ -83,3 +83,8 @@ def _divides(mesh: Mesh, axis: str, size: int) -> bool:
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Of an array whose first axis is rows, of any rank."""
     return NamedSharding(mesh, partition(("rows", *["tokens"] * (rank - 1))))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

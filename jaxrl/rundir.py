@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "run.name",
     "run.dir",
     "run.steps",
+    "update.*",
     "mesh.*",
     "vllm.*",
     "publish.*",

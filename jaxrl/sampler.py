@@ -32,7 +32,10 @@ def make_score(
     @jax.jit
     def logprobs(params: Params, frozen: Params, tokens_1T: jax.Array) -> jax.Array:
         whole = with_adapters(frozen, params)
-        return token_logprobs(policy.logits(whole, tokens_1T), tokens_1T, 1.0)[0]
+        hidden_1TD = policy.hidden_of_rows(whole, tokens_1T)
+        unembed = functools.partial(policy.unembed, whole)
+        logprobs_1S, _ = token_logprobs(hidden_1TD[:, :-1], unembed, tokens_1T[:, 1:], 1.0)
+        return jnp.pad(logprobs_1S, ((0, 0), (1, 0)))
 
     def score(params: Params, tokens: Sequence[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, row_length(len(tokens))), np.int32)
@@ -153,10 +156,11 @@ def _sample(
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     causal_BTS = (slots_S[None, None] <= positions_BT[:, :, None]) & prompt_BS[:, None]
     cache = empty_cache(policy.config, B, S, policy.compute_dtype)
-    logits_BTV, cache = policy.apply(
+    hidden_BTD, cache = policy.hidden(
         params, prompts_BT, positions_BT, causal_BTS, cache, 0, slot_positions_BS
     )
-    last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    last_BV = policy.unembed(params, last_BD)
 
     def step(draw: _Draw) -> _Draw:
         n = draw.step

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
-from jaxrl.measure import Clock, describe_rewards, describe_rollouts
+from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
 from jaxrl.settings import Command, describe, parse_command_line, to_yaml
 from jaxrl.types import Group, Prompt, RunError, Sampling, UserError
 
@@ -120,7 +120,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
                 mask_equal_rewards=c.algorithm.mask_equal_rewards,
             ),
         )
-        batch = pack(groups, advantages_PG, weights_PG)
+        shards = c.mesh.data * c.mesh.fsdp
+        batch = pack(groups, advantages_PG, weights_PG, c.update, shards)
         state, update_metrics = parts.update(state, batch)
         metrics = {name: float(value) for name, value in update_metrics.items()}
         clock.lap("update")
@@ -135,6 +136,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
 
         metrics |= describe_rewards(rewards_PG, weights_PG)
         metrics |= describe_rollouts(groups, clock.seconds["rollout"], clock.seconds["update"])
+        metrics |= describe_packing(groups, batch)
         metrics |= {
             "lag/max": lag_max,
             "weights/version": version,
@@ -345,14 +347,24 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
         params = start(jax.random.key(c.run.seed))
     policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
     optimizer = make_optimizer(c.optimizer)
+    state = init_state(params, optimizer, mesh)
     return Learner(
         policy,
         lora,
         specs,
         trained,
         frozen,
-        init_state(params, optimizer, mesh),
-        make_update(policy, optimizer, c.algorithm, c.rollout.temperature, mesh, frozen),
+        state,
+        make_update(
+            policy,
+            optimizer,
+            c.algorithm,
+            c.update,
+            c.rollout.temperature,
+            mesh,
+            state,
+            frozen,
+        ),
         make_exporter(trained, c.wire_dtype),
     )
 

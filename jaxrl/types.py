@@ -5,13 +5,14 @@ jax would reserve the accelerator memory that its engine needs.
 
 Axis letters, used as name suffixes everywhere (`logprobs_BT` has shape [B, T]):
 
-    P  prompts in one step            T  padded sequence length, prompt + completion
-    G  completions of one prompt      V  vocabulary        D  hidden size      L  layers
-    B  rows, B = P * G; the G rows of one prompt are adjacent
+    P  prompts in one step            T  tokens of a row, padding included
+    G  completions of one prompt      C  sampled tokens of a row, padding included
+    B  rows of a batch                V  vocabulary        D  hidden size      L  layers
 
-Every [B, T] array describes the token at its own position: `behavior_logprobs_BT[b, t]` is the
-log-probability of `tokens_BT[b, t]` given `tokens_BT[b, :t]`. Column 0 has no prefix and is never
-trained. The one shift between logits and tokens lives in `losses.token_logprobs`.
+A row holds prompts and the completions behind them, end to end (`TrainBatch`). What the model
+computes has axis T, what is trained on has axis C: every [B, C] array describes one sampled token,
+and `behavior_logprobs_BC[b, c]` is the log-probability of `targets_BC[b, c]` given what it was
+sampled behind. The one shift between hidden states and tokens lives in `predictor_BC`.
 """
 
 import dataclasses
@@ -86,9 +87,19 @@ class PublishReport:
 
 
 class TrainBatch(NamedTuple):
-    """A NamedTuple, so that jax treats it as a pytree without this file importing jax."""
+    """Packed rows. A NamedTuple, so that jax treats it as a pytree without this file importing it.
 
-    tokens_BT: np.ndarray  # int32, right-padded
-    loss_mask_BT: np.ndarray  # float32, 1 on trained tokens, 0 on prompt, padding and masked rows
-    behavior_logprobs_BT: np.ndarray  # float32 nats, 0 where loss_mask_BT is 0
-    advantages_B: np.ndarray  # float32
+    A token sees itself and the earlier tokens of its row that are of the same group and of branch 0
+    or of its own branch: the completions of a prompt stand behind one copy of it, and do not see
+    each other. Padding is group 0, and trains nothing.
+    """
+
+    tokens_BT: np.ndarray  # int32
+    positions_BT: np.ndarray  # int32, within the token's own prompt + completion
+    group_BT: np.ndarray  # int32, which copy of a prompt of this row: 1, 2, ...; 0 is padding
+    branch_BT: np.ndarray  # int32, 0 for a prompt, i for the i-th completion behind it
+    predictor_BC: np.ndarray  # int32, where in the row the token stands that predicts this one
+    targets_BC: np.ndarray  # int32, the sampled token
+    loss_mask_BC: np.ndarray  # float32, 1 on trained tokens, 0 on padding and masked completions
+    behavior_logprobs_BC: np.ndarray  # float32 nats, 0 where loss_mask_BC is 0
+    advantages_BC: np.ndarray  # float32, that of the token's completion

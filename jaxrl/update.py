@@ -1,5 +1,6 @@
-"""One optimizer step, compiled once for each row length: (state, batch) -> (state, metrics)."""
+"""One optimizer step, compiled once for each batch shape: (state, batch) -> (state, metrics)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +10,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.config import AlgorithmSection, OptimizerSection
-from jaxrl.losses import grpo_loss, token_logprobs
-from jaxrl.mesh import batch_sharding
+from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
+from jaxrl.losses import Array, grpo_loss, token_logprobs
+from jaxrl.mesh import batch_sharding, row_shards
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
+from jaxrl.packing import rows_of_microbatch
 from jaxrl.types import TrainBatch
 
 
@@ -26,7 +28,9 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array  # int32, updates skipped since the last one that was applied
 
 
-Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+Scores = tuple[jax.Array, jax.Array]  # log-probs and entropies of sampled tokens, float32 [B, C]
 
 
 def make_optimizer(c: OptimizerSection) -> optax.GradientTransformation:
@@ -67,11 +71,14 @@ def make_update(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     algorithm: AlgorithmSection,
+    c: UpdateSection,
     temperature: float,
     mesh: Mesh,
+    state: TrainState,
     frozen: Params | None = None,
 ) -> Update:
-    """Returns update(state, batch) -> (state, metrics). The state passed in is consumed.
+    """Returns update(state, batch) -> (state, metrics). The state passed in is consumed, and the
+    one that comes out lies as `state` does: that of step 100 as that of step 0.
 
     With `frozen` weights the state's parameters are adapters, and only they change.
 
@@ -81,38 +88,27 @@ def make_update(
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay
     bitwise as they were. So is one with nothing to train on; only the former is counted in
     `skipped_in_a_row`. Metrics: those of `losses.grpo_loss`, and `loss`, `entropy`, `grad_norm`
-    (before clipping), `update_norm`, `tokens/trained`, `update/skipped` (1 if it was).
+    (before clipping), `update_norm`, `tokens/trained`, `update/skipped` (1 if it was),
+    `update/compiled_shapes` (of batches, in this process).
     """
-    cap = algorithm.correction_cap if algorithm.correction == "token_tis" else None
+    objective = functools.partial(
+        grpo_loss,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        correction_cap=algorithm.correction_cap if algorithm.correction == "token_tis" else None,
+    )
+    gradient = make_gradient(policy, objective, c, temperature, mesh)
 
-    def loss_fn(
-        params: Params, frozen: Params, batch: TrainBatch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = policy.logits(with_adapters(frozen, params), batch.tokens_BT)
-        logprobs_BT, entropy_BT = token_logprobs(logits_BTV, batch.tokens_BT, temperature)
-        loss, metrics = grpo_loss(
-            logprobs_BT,
-            jax.lax.stop_gradient(logprobs_BT),
-            batch,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            correction_cap=cap,
-        )
-        tokens = batch.loss_mask_BT.sum()
-        entropy = (entropy_BT * batch.loss_mask_BT).sum() / jnp.maximum(tokens, 1.0)
-        return loss, metrics | {"entropy": entropy, "tokens/trained": tokens}
-
-    def step(
-        state: TrainState, batch: TrainBatch, frozen: Params
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, frozen, batch
-        )
+    def step(state: TrainState, batch: TrainBatch, frozen: Params) -> tuple[TrainState, Metrics]:
+        grads, (logprobs_BC, entropy_BC) = gradient(state.params, frozen, batch)
+        # Of the whole batch, however its gradient was split.
+        loss, metrics = objective(logprobs_BC, logprobs_BC, batch)
+        tokens = batch.loss_mask_BC.sum()
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(changes)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        apply = finite & (metrics["tokens/trained"] > 0)
+        apply = finite & (tokens > 0)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
@@ -125,22 +121,109 @@ def make_update(
         )
         metrics |= {
             "loss": loss,
+            "entropy": (entropy_BC * batch.loss_mask_BC).sum() / jnp.maximum(tokens, 1.0),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(apply, update_norm, 0.0),
+            "tokens/trained": tokens,
             "update/skipped": 1.0 - apply,
         }
         return state, metrics
 
-    compiled: dict[Any, Callable] = {}
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    shapes = set()
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
         batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
-        if not compiled:
-            # What comes out lies as what went in: the state of step 100 is the state of step 0.
-            shardings = jax.tree.map(lambda x: x.sharding, state)
-            compiled[None] = jax.jit(
-                step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))
-            )
-        return compiled[None](state, batch, {} if frozen is None else frozen)
+        state, metrics = compiled(state, batch, {} if frozen is None else frozen)
+        return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
 
     return update
+
+
+def make_gradient(
+    policy: Policy,
+    objective: Callable,
+    c: UpdateSection,
+    temperature: float,
+    mesh: Mesh,
+) -> Callable[[Params, Params, TrainBatch], tuple[Params, Scores]]:
+    """Returns gradient(params, frozen, batch): of the objective, and the scores it was made of.
+
+    One micro-batch after the other (update.max_tokens_per_microbatch), summed in float32.
+    """
+    shards = row_shards(mesh)
+    chunk_tokens = shards * max((c.logits_mib << 20) // (4 * policy.config.vocab_size), 1)
+
+    def loss_fn(
+        params: Params, frozen: Params, batch: TrainBatch, tokens: jax.Array
+    ) -> tuple[jax.Array, Scores]:
+        whole = with_adapters(frozen, params)
+        scores = score_sampled(policy, whole, batch, temperature, chunk_tokens, shards)
+        loss, _ = objective(scores[0], jax.lax.stop_gradient(scores[0]), batch, tokens=tokens)
+        return loss, scores
+
+    of_part = jax.grad(loss_fn, has_aux=True)
+
+    def gradient(params: Params, frozen: Params, batch: TrainBatch) -> tuple[Params, Scores]:
+        tokens = batch.loss_mask_BC.sum()
+        B, T = batch.tokens_BT.shape
+        rows = rows_of_microbatch(T, c, shards) or B
+        if rows >= B:
+            return of_part(params, frozen, batch, tokens)
+
+        def add(total: Params, part: TrainBatch) -> tuple[Params, Scores]:
+            grads, scores = of_part(params, frozen, part, tokens)
+            return jax.tree.map(jnp.add, total, grads), scores
+
+        parts = jax.tree.map(lambda x: split(x, B // rows, shards), batch)
+        total, scores = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        return total, jax.tree.map(lambda x: joined(x, shards), scores)
+
+    return gradient
+
+
+def score_sampled(
+    policy: Policy,
+    params: Params,
+    batch: TrainBatch,
+    temperature: float,
+    chunk_tokens: int | None = None,
+    shards: int = 1,
+) -> Scores:
+    """Log-probs and entropies of a batch's sampled tokens; logits are computed for no other."""
+    hidden_BTD, _ = policy.hidden(
+        params, batch.tokens_BT, batch.positions_BT, visible(batch.group_BT, batch.branch_BT)
+    )
+    hidden_BCD = jnp.take_along_axis(hidden_BTD, batch.predictor_BC[..., None], axis=1)
+    # Each device's rows as one, so that a chunk is as large as it may be however short rows are.
+    scores = token_logprobs(
+        hidden_BCD.reshape(shards, -1, hidden_BCD.shape[-1]),
+        functools.partial(policy.unembed, params),
+        batch.targets_BC.reshape(shards, -1),
+        temperature,
+        chunk_tokens,
+    )
+    logprobs_BC, entropy_BC = (x.reshape(batch.targets_BC.shape) for x in scores)
+    return logprobs_BC, entropy_BC
+
+
+def visible(group_BT: Array, branch_BT: Array) -> jax.Array:
+    """Which tokens of its row each one sees, bool [B, T, S]: see `types.TrainBatch`."""
+    T = group_BT.shape[1]
+    group_BTS = group_BT[:, :, None] == group_BT[:, None, :]
+    branch_BTS = branch_BT[:, :, None] == branch_BT[:, None, :]
+    return group_BTS & (branch_BTS | (branch_BT[:, None, :] == 0)) & jnp.tri(T, dtype=bool)
+
+
+def split(x: jax.Array, parts: int, shards: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...]; a part has rows of every shard, so that none move."""
+    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(parts, -1, *x.shape[3:])
+
+
+def joined(x: jax.Array, shards: int) -> jax.Array:
+    """The inverse of `split`."""
+    parts, rows, *rest = x.shape
+    return x.reshape(parts, shards, rows // shards, *rest).swapaxes(0, 1).reshape(-1, *rest)

@@ -115,8 +115,10 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"mesh__data": 3}, ["256 rows", "3 shards", "multiple of 3"]),
-        ({"mesh__data": 5, "mesh__fsdp": 2}, ["10 shards"]),
+        (
+            {"update__max_tokens_per_microbatch": 2047},
+            ["2047", "data.max_prompt_tokens + rollout.max_new_tokens = 1536", "at least 2048"],
+        ),
         ({"rollout__top_k": 5}, ["rollout.top_k = 5", "leave it at 0"]),
         ({"rollout__min_p": 0.1}, ["rollout.min_p = 0.1"]),
         ({"data__task": None}, ["needs data.task"]),

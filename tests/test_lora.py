@@ -14,12 +14,13 @@ from bridge.checkpoints import load_params
 from bridge.export import make_exporter
 from bridge.names import hf_tensors
 from bridge.peft import adapter_config, save_adapter
-from jaxrl.config import MeshSection
-from jaxrl.mesh import make_mesh, param_shardings
+from jaxrl.config import MeshSection, UpdateSection
+from jaxrl.mesh import make_mesh, param_shardings, row_shards
 from jaxrl.models.config import LoraConfig, load_config
 from jaxrl.models.decoder import Policy, init_params
 from jaxrl.models.lora import fingerprint, merged_params, with_adapters
 from jaxrl.models.params import lora_specs, param_specs
+from jaxrl.packing import pack
 from jaxrl.update import init_state, make_optimizer, make_update
 from tests.reference_policy import VOCAB, make_reference, save_reference
 from tests.test_update import ALGORITHM, OPTIMIZER, TEMPERATURE, TorchUpdate, make_batch
@@ -172,17 +173,20 @@ def test_training_moves_the_adapters_as_torch_and_peft_do_and_nothing_else(mesh,
     devices = make_mesh(MESHES[mesh])
     frozen, optimizer = adapted.frozen(devices), make_optimizer(OPTIMIZER)
     before = jax.tree.map(np.array, frozen)
-    update = make_update(adapted.policy, optimizer, ALGORITHM, TEMPERATURE, devices, frozen)
     state = init_state(adapted.adapters(devices), optimizer, devices)
+    c = UpdateSection()
+    update = make_update(
+        adapted.policy, optimizer, ALGORITHM, c, TEMPERATURE, devices, state, frozen
+    )
     trained = sum(np.prod(spec.shape) for spec in adapted.trained.values())
     assert sum(x.size for x in jax.tree.leaves(state.params)) == trained
     assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * trained
 
     reference = TorchUpdate(adapted.model)
     for seed in range(4):
-        batch = make_batch(adapted.model, seed)
-        expected = reference(batch)
-        state, metrics = update(state, batch)
+        sampled = make_batch(adapted.model, seed)
+        expected = reference(sampled)
+        state, metrics = update(state, pack(*sampled, c, row_shards(devices)))
         for name in ("loss", "grad_norm", "update_norm", "entropy"):
             np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-4, err_msg=name)
         adapted.model.double()

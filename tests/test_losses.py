@@ -1,6 +1,8 @@
 """The objective, against its formula in Python floats, and what must not reach it."""
 
+import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxrl.config import UpdateSection
 from jaxrl.losses import grpo_loss, token_logprobs
+from jaxrl.models.config import load_config
+from jaxrl.models.decoder import Policy
 from jaxrl.types import TrainBatch
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -25,40 +30,44 @@ def no_silent_broadcasting():
         yield
 
 
-def random_case(seed: int, B: int = 8, T: int = 9):
-    """Current and proximal log-probs [B, T] and a batch; wide ratios, a masked row, unequal
+def random_case(seed: int, B: int = 8, C: int = 9):
+    """Current and proximal log-probs [B, C] and a batch; wide ratios, a masked row, unequal
     lengths, holes."""
     rng = np.random.default_rng(seed)
-    mask_BT = (np.arange(T) >= 2) & (np.arange(T) < rng.integers(4, T + 1, (B, 1)))
-    mask_BT[3] = False
-    mask_BT[4, 3] = False
-    mask_BT = mask_BT.astype(np.float32)
-    behavior_BT = (rng.normal(-1.5, 0.5, (B, T)) * mask_BT).astype(np.float32)
-    proximal_BT = (behavior_BT + rng.normal(0.0, 0.6, (B, T))).astype(np.float32)
-    logprobs_BT = (proximal_BT + rng.normal(0.0, 0.5, (B, T))).astype(np.float32)
-    tokens_BT = rng.integers(0, 50, (B, T)).astype(np.int32)
-    signs_B = np.where(np.arange(B) % 2, 1.0, -1.0)
-    advantages_B = (signs_B * rng.uniform(0.2, 2.0, B)).astype(np.float32)
-    return logprobs_BT, proximal_BT, TrainBatch(tokens_BT, mask_BT, behavior_BT, advantages_B)
+    mask_BC = (np.arange(C) >= 2) & (np.arange(C) < rng.integers(4, C + 1, (B, 1)))
+    mask_BC[3] = False
+    mask_BC[4, 3] = False
+    mask_BC = mask_BC.astype(np.float32)
+    behavior_BC = (rng.normal(-1.5, 0.5, (B, C)) * mask_BC).astype(np.float32)
+    proximal_BC = (behavior_BC + rng.normal(0.0, 0.6, (B, C))).astype(np.float32)
+    logprobs_BC = (proximal_BC + rng.normal(0.0, 0.5, (B, C))).astype(np.float32)
+    advantages_BC = np.where(rng.random((B, C)) < 0.5, 1.0, -1.0) * rng.uniform(0.2, 2.0, (B, C))
+    return logprobs_BC, proximal_BC, batch_of(mask_BC, behavior_BC, advantages_BC)
 
 
-def reference(logprobs_BT, proximal_BT, batch, cap):
+def batch_of(mask_BC, behavior_BC, advantages_BC) -> TrainBatch:
+    """With nothing in what the loss does not look at."""
+    unused = [np.zeros((len(mask_BC), 1), np.int32)] * 6
+    return TrainBatch(*unused, mask_BC, behavior_BC, np.float32(advantages_BC))
+
+
+def reference(logprobs_BC, proximal_BC, batch, cap):
     """Loss, metrics and gradient of the docstring, one token at a time; also how often each branch
     was taken."""
     trained = [
         (b, t)
-        for b, row in enumerate(batch.loss_mask_BT.tolist())
+        for b, row in enumerate(batch.loss_mask_BC.tolist())
         for t, weight in enumerate(row)
         if weight > 0
     ]
     n = len(trained)
     total, ratios, rhos, weights, mismatches = 0.0, [], [], [], []
     branches = dict.fromkeys(("high", "low", "left_high", "left_low", "inside"), 0)
-    gradient_BT = np.zeros(logprobs_BT.shape)
+    gradient_BC = np.zeros(logprobs_BC.shape)
     for b, t in trained:
-        advantage = float(batch.advantages_B[b])
-        ratio = math.exp(float(logprobs_BT[b, t]) - float(proximal_BT[b, t]))
-        mismatch = float(proximal_BT[b, t]) - float(batch.behavior_logprobs_BT[b, t])
+        advantage = float(batch.advantages_BC[b, t])
+        ratio = math.exp(float(logprobs_BC[b, t]) - float(proximal_BC[b, t]))
+        mismatch = float(proximal_BC[b, t]) - float(batch.behavior_logprobs_BC[b, t])
         rho = math.exp(mismatch)
         weight = 1.0 if cap is None else min(rho, cap)
         if ratio > 1 + CLIP["clip_high"]:
@@ -70,7 +79,7 @@ def reference(logprobs_BT, proximal_BT, batch, cap):
         branches[branch] += 1
         bound = {"high": 1 + CLIP["clip_high"], "low": 1 - CLIP["clip_low"]}.get(branch)
         total -= weight * advantage * (ratio if bound is None else bound)
-        gradient_BT[b, t] = 0.0 if bound else -weight * advantage * ratio / n
+        gradient_BC[b, t] = 0.0 if bound else -weight * advantage * ratio / n
         ratios.append(ratio)
         rhos.append(rho)
         weights.append(weight)
@@ -88,45 +97,104 @@ def reference(logprobs_BT, proximal_BT, batch, cap):
         "correction/capped_fraction": sum(rho > (cap or math.inf) for rho in rhos) / n,
         "correction/ess": sum(weights) ** 2 / (n * sum(w * w for w in weights)),
     }
-    return total / n, metrics, gradient_BT, branches
+    return total / n, metrics, gradient_BC, branches
 
 
-def loss_only(logprobs_BT, proximal_BT, batch, **options):
-    return grpo_loss(logprobs_BT, proximal_BT, batch, **(OPTIONS | options))[0]
+def loss_only(logprobs_BC, proximal_BC, batch, **options):
+    return grpo_loss(logprobs_BC, proximal_BC, batch, **(OPTIONS | options))[0]
+
+
+# --- log-probs of tokens ---
+
+
+def identity(hidden):
+    """The states are the logits."""
+    return hidden
 
 
 @TRANSFORMS
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 6, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_token_logprobs_are_the_log_softmax_at_the_position_before(transform, temperature):
+def test_token_logprobs_are_the_log_softmax_of_the_logits(transform, temperature, chunk_tokens):
     rng = np.random.default_rng(0)
-    logits_BTV = rng.normal(0, 3, (2, 5, 7)).astype(np.float32)
-    tokens_BT = rng.integers(0, 7, (2, 5)).astype(np.int32)
-    logprobs_BT, entropy_BT = transform(lambda *x: token_logprobs(*x, temperature))(
-        logits_BTV, tokens_BT
-    )
-    assert logprobs_BT.dtype == entropy_BT.dtype == jnp.float32
+    logits_BCV = rng.normal(0, 3, (2, 5, 7)).astype(np.float32)
+    targets_BC = rng.integers(0, 7, (2, 5)).astype(np.int32)
+    logprobs_BC, entropy_BC = transform(
+        lambda x, y: token_logprobs(x, identity, y, temperature, chunk_tokens)
+    )(logits_BCV, targets_BC)
+    assert logprobs_BC.dtype == entropy_BC.dtype == jnp.float32
     for b in range(2):
-        assert logprobs_BT[b, 0] == entropy_BT[b, 0] == 0.0
-        for t in range(1, 5):
-            scaled = [float(x) / temperature for x in logits_BTV[b, t - 1]]
+        for c in range(5):
+            scaled = [float(x) / temperature for x in logits_BCV[b, c]]
             log_total = math.log(math.fsum(math.exp(x) for x in scaled))
             logs = [x - log_total for x in scaled]
-            assert logprobs_BT[b, t] == pytest.approx(logs[tokens_BT[b, t]], abs=2e-6)
+            assert logprobs_BC[b, c] == pytest.approx(logs[targets_BC[b, c]], abs=2e-6)
             entropy = -math.fsum(math.exp(x) * x for x in logs)
-            assert entropy_BT[b, t] == pytest.approx(entropy, abs=2e-6)
+            assert entropy_BC[b, c] == pytest.approx(entropy, abs=2e-6)
 
 
 def test_token_logprobs_of_bfloat16_logits_are_computed_in_float32():
-    logits_BTV = jnp.array([[[0.0, 8.0, 9.0], [0.0, 0.0, 0.0]]], jnp.bfloat16)
-    logprobs_BT, _ = token_logprobs(logits_BTV, jnp.array([[0, 1]], jnp.int32), 1.0)
+    logits_BCV = jnp.array([[[0.0, 8.0, 9.0]]], jnp.bfloat16)
+    logprobs_BC, _ = token_logprobs(logits_BCV, identity, jnp.array([[1]], jnp.int32), 1.0)
     expected = 8.0 - math.log(1.0 + math.exp(8.0) + math.exp(9.0))
-    assert logprobs_BT[0, 1] == pytest.approx(expected, abs=1e-6)
+    assert logprobs_BC[0, 0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_token_logprobs_of_huge_logits_are_finite():
-    logits_BTV = jnp.array([[[1e4, -1e4], [0.0, 0.0]]], jnp.float32)
-    logprobs_BT, entropy_BT = token_logprobs(logits_BTV, jnp.array([[0, 1]], jnp.int32), 1.0)
-    assert logprobs_BT[0, 1] == pytest.approx(-2e4) and entropy_BT[0, 1] == 0.0
+    logits_BCV = jnp.array([[[1e4, -1e4]]], jnp.float32)
+    logprobs_BC, entropy_BC = token_logprobs(logits_BCV, identity, jnp.array([[1]], jnp.int32), 1.0)
+    assert logprobs_BC[0, 0] == pytest.approx(-2e4) and entropy_BC[0, 0] == 0.0
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 9, 12, 21])
+def test_chunks_change_neither_log_probs_nor_gradients_and_bound_the_logits(chunk_tokens):
+    rng = np.random.default_rng(1)
+    hidden_BCD = rng.normal(size=(3, 7, 5)).astype(np.float32)
+    head_DV = rng.normal(size=(5, 11)).astype(np.float32)
+    targets_BC = rng.integers(0, 11, (3, 7)).astype(np.int32)
+    factors_BC = rng.normal(size=(2, 3, 7)).astype(np.float32)
+    tokens_at_a_time = []
+
+    def total(hidden_BCD, head_DV, chunk):
+        def unembed(hidden):
+            tokens_at_a_time.append(hidden.shape[0] * hidden.shape[1])
+            return jnp.matmul(hidden, head_DV)
+
+        scores = token_logprobs(hidden_BCD, unembed, targets_BC, 0.9, chunk)
+        return sum((x * f).sum() for x, f in zip(scores, factors_BC, strict=True))
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
+    expected, expected_gradients = run(hidden_BCD, head_DV, None)
+    tokens_at_a_time.clear()
+    found, gradients = run(hidden_BCD, head_DV, chunk_tokens)
+    assert max(tokens_at_a_time) <= max(chunk_tokens, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
+
+
+def test_chunks_keep_the_memory_of_a_large_vocabulary_small():
+    """4,096 tokens, 151,936 entries, 1,024 features, bfloat16 products: compiled, not run."""
+    V, D, tokens = 151_936, 1024, 4096
+    tiny = load_config(Path("configs/tiny_policy"))  # its embedding is tied
+    policy = Policy(tiny, jnp.dtype("bfloat16"))
+    shapes = [((V, D), jnp.float32), ((1, tokens, D), jnp.bfloat16), ((1, tokens), jnp.int32)]
+
+    def gib(chunk_tokens):
+        def total(embed_VD, hidden_BCD, targets_BC):
+            unembed = functools.partial(policy.unembed, {"embed": embed_VD})
+            return token_logprobs(hidden_BCD, unembed, targets_BC, 1.0, chunk_tokens)[0].sum()
+
+        arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**30
+
+    at_a_time = (UpdateSection().logits_mib << 20) // (4 * V)
+    assert gib(at_a_time) <= 1.4
+    assert gib(None) > 4
+
+
+# --- the objective ---
 
 
 @CAPS
@@ -136,9 +204,9 @@ def test_token_logprobs_of_huge_logits_are_finite():
     ids=["eager", "jit0", "jit1", "jit2", "jit3"],
 )
 def test_loss_metrics_and_gradient_equal_the_formula_token_by_token(seed, transform, cap):
-    logprobs_BT, proximal_BT, batch = random_case(seed)
-    expected_loss, expected, expected_gradient_BT, branches = reference(
-        logprobs_BT, proximal_BT, batch, cap
+    logprobs_BC, proximal_BC, batch = random_case(seed)
+    expected_loss, expected, expected_gradient_BC, branches = reference(
+        logprobs_BC, proximal_BC, batch, cap
     )
     # The case takes every branch.
     assert all(branches.values()), branches
@@ -146,12 +214,12 @@ def test_loss_metrics_and_gradient_equal_the_formula_token_by_token(seed, transf
 
     run = transform(
         lambda x: jax.value_and_grad(grpo_loss, has_aux=True)(
-            x, proximal_BT, batch, **CLIP, correction_cap=cap
+            x, proximal_BC, batch, **CLIP, correction_cap=cap
         )
     )
-    (loss, metrics), gradient_BT = run(jnp.asarray(logprobs_BT))
+    (loss, metrics), gradient_BC = run(jnp.asarray(logprobs_BC))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    np.testing.assert_allclose(gradient_BT, expected_gradient_BT, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(gradient_BC, expected_gradient_BC, rtol=1e-5, atol=1e-8)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
@@ -159,8 +227,8 @@ def test_loss_metrics_and_gradient_equal_the_formula_token_by_token(seed, transf
 
 def test_the_largest_ratio_is_that_of_a_trained_token_though_all_fell():
     _, _, batch = random_case(0)
-    behavior_BT = batch.behavior_logprobs_BT
-    _, metrics = grpo_loss(behavior_BT - 3.0, behavior_BT - 1.0, batch, **OPTIONS)
+    behavior_BC = batch.behavior_logprobs_BC
+    _, metrics = grpo_loss(behavior_BC - 3.0, behavior_BC - 1.0, batch, **OPTIONS)
     assert metrics["ratio/max"] == pytest.approx(math.exp(-2.0), rel=1e-5)
     assert metrics["correction/max"] == pytest.approx(math.exp(-1.0), rel=1e-5)
 
@@ -168,112 +236,114 @@ def test_the_largest_ratio_is_that_of_a_trained_token_though_all_fell():
 def test_on_policy_gradient_is_reinforce():
     """Where engine and trainer agree the gradient is -A / N on trained tokens, 0 elsewhere."""
     _, _, batch = random_case(0)
-    logprobs_BT = jnp.asarray(batch.behavior_logprobs_BT)
-    gradient_BT = jax.grad(loss_only)(logprobs_BT, logprobs_BT, batch)
-    expected_BT = -batch.advantages_B[:, None] * batch.loss_mask_BT / batch.loss_mask_BT.sum()
-    np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-5, atol=1e-8)
+    logprobs_BC = jnp.asarray(batch.behavior_logprobs_BC)
+    gradient_BC = jax.grad(loss_only)(logprobs_BC, logprobs_BC, batch)
+    expected_BC = -batch.advantages_BC * batch.loss_mask_BC / batch.loss_mask_BC.sum()
+    np.testing.assert_allclose(gradient_BC, expected_BC, rtol=1e-5, atol=1e-8)
 
 
 def test_the_importance_weight_is_detached():
     """With the proximal policy the current one, as in the update, the weight stays a constant."""
-    _, proximal_BT, batch = random_case(1)
-    gradient_BT = jax.grad(lambda x: loss_only(x, x, batch))(jnp.asarray(proximal_BT))
-    weight_BT = np.minimum(np.exp(proximal_BT - batch.behavior_logprobs_BT), CAP)
-    expected_BT = -weight_BT * batch.advantages_B[:, None] * batch.loss_mask_BT
+    _, proximal_BC, batch = random_case(1)
+    gradient_BC = jax.grad(lambda x: loss_only(x, x, batch))(jnp.asarray(proximal_BC))
+    weight_BC = np.minimum(np.exp(proximal_BC - batch.behavior_logprobs_BC), CAP)
+    expected_BC = -weight_BC * batch.advantages_BC * batch.loss_mask_BC
     np.testing.assert_allclose(
-        gradient_BT, expected_BT / batch.loss_mask_BT.sum(), rtol=1e-5, atol=1e-8
+        gradient_BC, expected_BC / batch.loss_mask_BC.sum(), rtol=1e-5, atol=1e-8
     )
 
 
 def test_no_gradient_flows_into_the_proximal_log_probs():
-    logprobs_BT, proximal_BT, batch = random_case(1)
-    gradient_BT = jax.grad(loss_only, argnums=1)(logprobs_BT, jnp.asarray(proximal_BT), batch)
-    assert not np.any(gradient_BT)
+    logprobs_BC, proximal_BC, batch = random_case(1)
+    gradient_BC = jax.grad(loss_only, argnums=1)(logprobs_BC, jnp.asarray(proximal_BC), batch)
+    assert not np.any(gradient_BC)
 
 
 @CAPS
 def test_untrained_positions_cannot_reach_loss_metrics_or_gradient(cap):
-    logprobs_BT, proximal_BT, batch = random_case(2)
-    untrained_BT = batch.loss_mask_BT == 0
-    masked_B = untrained_BT.all(axis=1)
-    assert masked_B.any()
+    logprobs_BC, proximal_BC, batch = random_case(2)
+    untrained_BC = batch.loss_mask_BC == 0
+    assert untrained_BC.any()
     run = jax.jit(
         lambda x, y, b: jax.value_and_grad(grpo_loss, has_aux=True)(
             x, y, b, **CLIP, correction_cap=cap
         )
     )
-    clean, clean_gradient_BT = run(logprobs_BT, proximal_BT, batch)
+    clean, clean_gradient_BC = run(logprobs_BC, proximal_BC, batch)
 
     for garbage in np.float32([200.0, -200.0, math.inf, -math.inf, math.nan]):  # exp(200): inf
 
-        def spoil(x_BT, garbage=garbage):
-            return np.where(untrained_BT, garbage, x_BT)
+        def spoil(x_BC, garbage=garbage):
+            return np.where(untrained_BC, garbage, x_BC)
 
-        behavior_BT = spoil(batch.behavior_logprobs_BT)
-        advantages_B = np.where(masked_B, garbage, batch.advantages_B)
+        behavior_BC = spoil(batch.behavior_logprobs_BC)
+        advantages_BC = spoil(batch.advantages_BC)
         for spoilt in (
-            (spoil(logprobs_BT), proximal_BT, batch),
-            (logprobs_BT, spoil(proximal_BT), batch),
-            (logprobs_BT, proximal_BT, batch._replace(behavior_logprobs_BT=behavior_BT)),
-            (logprobs_BT, proximal_BT, batch._replace(advantages_B=advantages_B)),
-            (spoil(logprobs_BT), spoil(proximal_BT), batch._replace(advantages_B=advantages_B)),
+            (spoil(logprobs_BC), proximal_BC, batch),
+            (logprobs_BC, spoil(proximal_BC), batch),
+            (logprobs_BC, proximal_BC, batch._replace(behavior_logprobs_BC=behavior_BC)),
+            (logprobs_BC, proximal_BC, batch._replace(advantages_BC=advantages_BC)),
+            (spoil(logprobs_BC), spoil(proximal_BC), batch._replace(advantages_BC=advantages_BC)),
         ):
-            found, gradient_BT = run(*spoilt)
+            found, gradient_BC = run(*spoilt)
             jax.tree.map(np.testing.assert_array_equal, found, clean)
-            np.testing.assert_array_equal(gradient_BT, clean_gradient_BT)
-            assert not np.any(gradient_BT[untrained_BT])
+            np.testing.assert_array_equal(gradient_BC, clean_gradient_BC)
+            assert not np.any(gradient_BC[untrained_BC])
 
 
 @CAPS
 @pytest.mark.parametrize("log_ratio", [80.0, -80.0, 1e4])
 def test_huge_ratios_stay_finite(log_ratio, cap):
     _, _, batch = random_case(3)
-    behavior_BT = jnp.asarray(batch.behavior_logprobs_BT)
-    for current_BT, proximal_BT in (
-        (behavior_BT + log_ratio, behavior_BT),
-        (behavior_BT + log_ratio, behavior_BT + log_ratio),
+    behavior_BC = jnp.asarray(batch.behavior_logprobs_BC)
+    for current_BC, proximal_BC in (
+        (behavior_BC + log_ratio, behavior_BC),
+        (behavior_BC + log_ratio, behavior_BC + log_ratio),
     ):
-        (loss, metrics), gradient_BT = jax.value_and_grad(grpo_loss, has_aux=True)(
-            current_BT, proximal_BT, batch, **CLIP, correction_cap=cap
+        (loss, metrics), gradient_BC = jax.value_and_grad(grpo_loss, has_aux=True)(
+            current_BC, proximal_BC, batch, **CLIP, correction_cap=cap
         )
-        assert np.isfinite(loss) and np.all(np.isfinite(gradient_BT))
+        assert np.isfinite(loss) and np.all(np.isfinite(gradient_BC))
         assert all(np.isfinite(value) for value in metrics.values()), metrics
 
 
 @CAPS
 def test_a_batch_with_nothing_to_train_has_zero_loss_and_gradient(cap):
-    logprobs_BT, proximal_BT, batch = random_case(4)
-    empty = batch._replace(loss_mask_BT=np.zeros_like(batch.loss_mask_BT))
-    (loss, metrics), gradient_BT = jax.value_and_grad(grpo_loss, has_aux=True)(
-        jnp.asarray(logprobs_BT), proximal_BT, empty, **CLIP, correction_cap=cap
+    logprobs_BC, proximal_BC, batch = random_case(4)
+    empty = batch._replace(loss_mask_BC=np.zeros_like(batch.loss_mask_BC))
+    (loss, metrics), gradient_BC = jax.value_and_grad(grpo_loss, has_aux=True)(
+        jnp.asarray(logprobs_BC), proximal_BC, empty, **CLIP, correction_cap=cap
     )
-    assert loss == 0.0 and not np.any(gradient_BT)
+    assert loss == 0.0 and not np.any(gradient_BC)
     assert all(np.isfinite(value) for value in metrics.values()), metrics
 
 
 def test_the_loss_of_a_batch_is_the_token_weighted_mean_of_its_parts():
-    logprobs_BT, proximal_BT, batch = random_case(5)
+    logprobs_BC, proximal_BC, batch = random_case(5)
     loss = jax.jit(loss_only)
-    whole = loss(logprobs_BT, proximal_BT, batch)
+    whole = loss(logprobs_BC, proximal_BC, batch)
     for rows in ([0, 5, 6, 7], [0, 1, 2, 3]):
-        total = 0.0
+        total, of_parts = 0.0, 0.0
         for part in (np.array(rows), np.setdiff1d(np.arange(8), rows)):
             piece = jax.tree.map(lambda x, part=part: x[part], batch)
-            tokens = piece.loss_mask_BT.sum()
-            total += loss(logprobs_BT[part], proximal_BT[part], piece) * tokens
-        np.testing.assert_allclose(total / batch.loss_mask_BT.sum(), whole, rtol=1e-5)
+            tokens = piece.loss_mask_BC.sum()
+            total += loss(logprobs_BC[part], proximal_BC[part], piece) * tokens
+            of_parts += loss(
+                logprobs_BC[part], proximal_BC[part], piece, tokens=batch.loss_mask_BC.sum()
+            )
+        np.testing.assert_allclose(of_parts, whole, rtol=1e-5)
+        np.testing.assert_allclose(total / batch.loss_mask_BC.sum(), whole, rtol=1e-5)
 
 
 def test_padding_changes_nothing():
-    logprobs_BT, proximal_BT, batch = random_case(5)
-    wider = [((0, 0), (0, 7))] * 3 + [((0, 0),)]
-    padded = TrainBatch(*(np.pad(x, w) for x, w in zip(batch, wider, strict=True)))
-    longer_BT, proximal_longer_BT = (
-        np.pad(x, ((0, 0), (0, 7))) for x in (logprobs_BT, proximal_BT)
+    logprobs_BC, proximal_BC, batch = random_case(5)
+    padded = batch_of(*(np.pad(x, ((0, 3), (0, 7))) for x in batch[6:]))
+    longer_BC, proximal_longer_BC = (
+        np.pad(x, ((0, 3), (0, 7))) for x in (logprobs_BC, proximal_BC)
     )
     np.testing.assert_allclose(
-        loss_only(longer_BT, proximal_longer_BT, padded),
-        loss_only(logprobs_BT, proximal_BT, batch),
+        loss_only(longer_BC, proximal_longer_BC, padded),
+        loss_only(logprobs_BC, proximal_BC, batch),
         rtol=1e-6,
     )
 
@@ -283,8 +353,8 @@ def test_sharding_the_batch_changes_neither_loss_nor_gradient():
     rows = NamedSharding(jax.make_mesh((8,), ("rows",)), P("rows"))
     put = jax.tree.map(lambda x: jax.device_put(x, rows), case)
     run = jax.jit(jax.value_and_grad(loss_only))
-    loss, gradient_BT = run(*case)
-    sharded_loss, sharded_gradient_BT = run(*put)
-    assert len(sharded_gradient_BT.sharding.device_set) == 8
+    loss, gradient_BC = run(*case)
+    sharded_loss, sharded_gradient_BC = run(*put)
+    assert len(sharded_gradient_BC.sharding.device_set) == 8
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(sharded_gradient_BT, gradient_BT, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(sharded_gradient_BC, gradient_BC, rtol=1e-6, atol=1e-9)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl import measure
-from jaxrl.measure import Clock, describe_rewards, describe_rollouts
+from jaxrl.config import UpdateSection
+from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
+from jaxrl.packing import pack
 from jaxrl.types import Group, Prompt, Rollout
 
 
@@ -50,6 +52,18 @@ def test_rollouts_are_described_by_their_lengths_ends_and_speed():
         "tokens_per_s/rollout": 8.0,
         "tokens_per_s/train": (16 + 2 * 10 + 2 * 20) / 4.0,
     }
+
+
+@pytest.mark.parametrize(("share", "tokens"), [(True, 10 + 11 + 20 + 5), (False, 21 + 45 + 10)])
+def test_packing_is_described_by_how_full_rows_are_and_what_sharing_saved(share, tokens):
+    groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
+    c = UpdateSection(share_prompts=share)
+    batch = pack(groups, np.zeros((2, 2)), np.ones((2, 2)), c)
+    expected = {
+        "pack/efficiency": tokens / batch.tokens_BT.size,
+        "pack/shared_prompt_saving": 1 - tokens / (21 + 45 + 10),
+    }
+    assert describe_packing(groups, batch) == pytest.approx(expected)
 
 
 def test_laps_of_a_clock_share_out_the_step(monkeypatch):

@@ -1,12 +1,22 @@
-"""Every number of a rollout lands at its own token, and nothing else is trained on."""
+"""Every number of a rollout lands at its own token, in rows that hold as much as they can."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from jaxrl.packing import SHORTEST_ROW, pack, row_length
-from jaxrl.types import Group, Prompt, Rollout
+from jaxrl.config import UpdateSection
+from jaxrl.packing import (
+    SHORTEST_ROW,
+    few,
+    first_fit,
+    pack,
+    padded_rows,
+    row_length,
+    rows_of_microbatch,
+)
+from jaxrl.types import Group, Prompt, Rollout, UserError
 
 
 def group(prompt_id: int, prompt_tokens, *completions) -> Group:
@@ -30,50 +40,163 @@ GROUPS = [
 ]
 ADVANTAGES_PG = np.array([[1.0, -1.0], [0.5, -0.5]], np.float32)
 ONES_PG = np.ones((2, 2), np.float32)
+SHARED, ALONE = UpdateSection(), UpdateSection(share_prompts=False)
 
 
-def test_rows_hold_prompt_then_completion_then_padding():
-    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG)
-    rows = [[11, 12, 13, 21, 22], [11, 12, 13, 23], [14, 24, 25, 26], [14, 27, 28]]
-    for found, row in zip(batch.tokens_BT.tolist(), rows, strict=True):
-        assert found == row + [0] * (SHORTEST_ROW - len(row))
+def random_groups(seed: int, P: int = 20, G: int = 6):
+    """Groups, advantages and weights; lengths from 0 sampled tokens on, some log-probs not usable,
+    and no two tokens with the same log-prob."""
+    rng = np.random.default_rng(seed)
+    logprobs = iter(-rng.permutation(P * G * 41) / 7.0)
+    bad = (math.nan, -math.inf)
+
+    def completion():
+        length = int(rng.integers(0, 41) if rng.random() < 0.3 else rng.integers(1, 9))
+        spoilt = rng.random(length) < 0.1
+        return [
+            (int(rng.integers(1, 99)), bad[int(s)] if s and rng.random() < 0.9 else next(logprobs))
+            for s in spoilt
+        ]
+
+    groups = [
+        group(p, rng.integers(1, 99, rng.integers(1, 13)), *(completion() for _ in range(G)))
+        for p in range(P)
+    ]
+    weights_PG = (rng.random((P, G)) < 0.8).astype(np.float32)
+    return groups, rng.normal(size=(P, G)).astype(np.float32), weights_PG
 
 
-def test_mask_and_log_probs_stand_at_the_sampled_tokens():
-    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG)
-    expected = [{3: -0.5, 4: -0.25}, {3: -1.0}, {1: -2.0, 2: -3.0, 3: -4.0}, {1: -0.125, 2: -0.75}]
-    for b, at in enumerate(expected):
-        for t in range(SHORTEST_ROW):
-            assert batch.loss_mask_BT[b, t] == float(t in at), (b, t)
-            assert batch.behavior_logprobs_BT[b, t] == at.get(t, 0.0), (b, t)
+def asked_for(groups, advantages_PG, weights_PG) -> Counter:
+    """(prompt, completion, its trained log-probs, advantage) of each completion, from the input."""
+    found = Counter()
+    for g, advantages_G, weights_G in zip(groups, advantages_PG, weights_PG, strict=True):
+        for rollout, advantage, weight in zip(g.rollouts, advantages_G, weights_G, strict=True):
+            logprobs = tuple(
+                float(x) if weight and math.isfinite(x) else None for x in rollout.logprobs
+            )
+            key = g.prompt.tokens, tuple(rollout.tokens.tolist()), logprobs
+            found[(*key, float(advantage) if logprobs else None)] += 1
+    return found
 
 
-def test_advantages_follow_their_completions():
-    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG)
-    assert batch.advantages_B.tolist() == [1.0, -1.0, 0.5, -0.5]
+def read_back(batch) -> tuple[Counter, int]:
+    """The same from the rows, by who sees whom and by which token predicts which; and how many
+    copies of prompts there are. Completions without a token leave no trace."""
+    found, copies = Counter(), 0
+    for b in range(len(batch.tokens_BT)):
+        slots = list(zip(*(x[b].tolist() for x in batch[:4]), strict=True))
+        sampled = list(zip(*(x[b].tolist() for x in batch[4:]), strict=True))
+        places = [t for t, (_, _, _, branch) in enumerate(slots) if branch]
+        assert not any(mask for _, _, mask, _, _ in sampled[len(places) :])
+        numbers = dict(zip(places, sampled, strict=False))
+        for g in range(1, max(group for _, _, group, _ in slots) + 1):
+            prompt = [t for t, slot in enumerate(slots) if slot[2:] == (g, 0)]
+            copies += 1
+            for branch in {slot[3] for slot in slots if slot[2] == g} - {0}:
+                own = [t for t, slot in enumerate(slots) if slot[2:] == (g, branch)]
+                whole = prompt + own
+                assert whole == sorted(whole)  # causality is by place in the row
+                assert [slots[t][1] for t in whole] == list(range(len(whole)))
+                predictors, targets, masks, logprobs, advantages = zip(
+                    *(numbers[t] for t in own), strict=True
+                )
+                assert list(predictors) == whole[len(prompt) - 1 : -1]
+                assert list(targets) == [slots[t][0] for t in own]
+                numbered = list(zip(masks, logprobs, strict=True))
+                assert all(m in (0.0, 1.0) and (m or x == 0.0) for m, x in numbered)
+                trained = tuple(x if m else None for m, x in numbered)
+                (advantage,) = set(advantages)
+                texts = (tuple(slots[t][0] for t in part) for part in (prompt, own))
+                found[(*texts, trained, advantage)] += 1
+    return found, copies
+
+
+# --- what stands where ---
+
+
+def test_completions_stand_behind_one_copy_of_their_prompt():
+    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG, SHARED)
+    assert batch.tokens_BT.shape == batch.targets_BC.shape == (1, SHORTEST_ROW)
+    expected = {
+        "tokens_BT": [11, 12, 13, 21, 22, 23, 14, 24, 25, 26, 27, 28],
+        "positions_BT": [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 1, 2],
+        "group_BT": [1] * 6 + [2] * 6,
+        "branch_BT": [0, 0, 0, 1, 1, 2, 0, 1, 1, 1, 2, 2],
+        "predictor_BC": [2, 3, 2, 6, 7, 8, 6, 10],
+        "targets_BC": [21, 22, 23, 24, 25, 26, 27, 28],
+        "loss_mask_BC": [1] * 8,
+        "behavior_logprobs_BC": [-0.5, -0.25, -1, -2, -3, -4, -0.125, -0.75],
+        "advantages_BC": [1.0] * 2 + [-1.0] + [0.5] * 3 + [-0.5] * 2,
+    }
+    for name, values in expected.items():
+        row = getattr(batch, name)[0].tolist()
+        assert row == values + [0] * (SHORTEST_ROW - len(values)), name
+
+
+def test_completions_that_do_not_share_stand_behind_a_prompt_each():
+    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG, ALONE)
+    rows = [[11, 12, 13, 21, 22, 11, 12, 13, 23, 14, 24, 25, 26, 14, 27, 28]]
+    assert sorted(batch.tokens_BT.reshape(-1).tolist()) == sorted(rows[0])
+    assert set(batch.branch_BT.reshape(-1).tolist()) == {0, 1}
+    assert set(batch.group_BT.reshape(-1).tolist()) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(
+    "c",
+    [
+        SHARED,
+        ALONE,
+        UpdateSection(row_tokens=64),
+        UpdateSection(max_tokens_per_microbatch=256),
+        UpdateSection(share_prompts=False, max_tokens_per_microbatch=128),
+    ],
+    ids=["shared", "alone", "split", "microbatches", "alone_microbatches"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_number_of_every_completion_is_read_back_from_the_rows(seed, c, shards):
+    case = random_groups(seed)
+    batch = pack(*case, c, shards)
+    found, copies = read_back(batch)
+    asked = asked_for(*case)
+    empty = sum(count for key, count in asked.items() if not key[1])
+    assert empty  # the case has completions without a token
+    assert found == Counter({key: count for key, count in asked.items() if key[1]})
+    if c == SHARED:
+        assert copies == len(case[0])
+    elif not c.share_prompts:
+        assert copies == sum(len(g.rollouts) for g in case[0])
+    else:
+        assert len(case[0]) < copies < sum(len(g.rollouts) for g in case[0]) or c.row_tokens > 64
+    assert len(batch.tokens_BT) % shards == 0
 
 
 def test_a_batch_has_the_types_that_the_update_was_compiled_for():
-    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG)
-    assert [x.dtype for x in batch] == [np.int32, np.float32, np.float32, np.float32]
-    assert [x.shape for x in batch] == [(4, SHORTEST_ROW)] * 3 + [(4,)]
+    batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG, SHARED)
+    assert [x.dtype for x in batch] == [np.int32] * 6 + [np.float32] * 3
+    B, T = batch.tokens_BT.shape
+    assert [x.shape for x in batch[:4]] == [(B, T)] * 4
+    assert len({x.shape for x in batch[4:]}) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
 def test_a_token_without_a_finite_log_prob_is_not_trained_on(bad):
     groups = [group(0, [11, 12], [(21, -0.5), (22, bad), (23, -1.0)], [(24, -2.0)])]
-    batch = pack(groups, ADVANTAGES_PG[:1], ONES_PG[:1])
-    assert batch.tokens_BT[0, :5].tolist() == [11, 12, 21, 22, 23]
-    assert batch.loss_mask_BT[0, :5].tolist() == [0, 0, 1, 0, 1]
-    assert batch.behavior_logprobs_BT[0, :5].tolist() == [0, 0, -0.5, 0, -1.0]
+    batch = pack(groups, ADVANTAGES_PG[:1], ONES_PG[:1], SHARED)
+    assert batch.tokens_BT[0, :6].tolist() == [11, 12, 21, 22, 23, 24]
+    assert batch.loss_mask_BC[0, :4].tolist() == [1, 0, 1, 1]
+    assert batch.behavior_logprobs_BC[0, :4].tolist() == [-0.5, 0, -1.0, -2.0]
 
 
 def test_a_completion_of_weight_zero_is_in_the_batch_and_not_trained_on():
     weights_PG = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32)
-    batch = pack(GROUPS, ADVANTAGES_PG, weights_PG)
-    assert batch.loss_mask_BT.sum(axis=1).tolist() == [2, 0, 3, 2]
-    assert not batch.behavior_logprobs_BT[1].any()
-    assert batch.tokens_BT[1, :4].tolist() == [11, 12, 13, 23]
+    batch = pack(GROUPS[:1], ADVANTAGES_PG[:1], weights_PG[:1], SHARED)
+    assert batch.targets_BC[0, :3].tolist() == [21, 22, 23]
+    assert batch.loss_mask_BC[0, :3].tolist() == [1, 1, 0]
+    assert batch.behavior_logprobs_BC[0, 2] == 0.0
+
+
+# --- shapes ---
 
 
 @pytest.mark.parametrize(
@@ -90,8 +213,87 @@ def test_no_row_is_shorter_than_the_shortest_and_few_lengths_exist():
     assert len({row_length(longest) for longest in range(1, 4097)}) <= 10
 
 
-def test_the_longest_row_decides_the_shape_and_is_not_cut():
-    completion = [(5, -1.0)] * 30
-    batch = pack([group(0, [1, 2, 3], completion, completion[:1])], ADVANTAGES_PG[:1], ONES_PG[:1])
-    assert batch.tokens_BT.shape == (2, 64)
-    assert batch.loss_mask_BT[0].sum() == 30 and batch.loss_mask_BT[0, 32] == 1.0
+@pytest.mark.parametrize(
+    ("c", "T", "copies"),
+    [
+        (SHARED, 128, 1),  # 10 + 4 * 25 = 110
+        (UpdateSection(row_tokens=127), 64, 2),  # a prompt and two completions: 60
+        (UpdateSection(row_tokens=64, max_tokens_per_microbatch=32), 64, 2),
+        (UpdateSection(max_tokens_per_microbatch=100), 64, 2),
+        (UpdateSection(row_tokens=1), 64, 2),  # the longest completion decides: 35
+        (ALONE, 64, 4),
+    ],
+)
+def test_a_row_holds_a_whole_group_where_it_may(c, T, copies):
+    completion = [(5, -1.0)] * 25
+    groups = [group(0, range(1, 11), *[completion] * 4)]
+    if c.max_tokens_per_microbatch and c.max_tokens_per_microbatch < T:
+        with pytest.raises(UserError, match=r"max_tokens_per_microbatch = 32 .* 64 tokens"):
+            pack(groups, np.ones((1, 4)), np.ones((1, 4)), c)
+        return
+    batch = pack(groups, np.ones((1, 4)), np.ones((1, 4)), c)
+    assert batch.tokens_BT.shape[1] == T and read_back(batch)[1] == copies
+
+
+def test_counts_of_rows_are_few_and_at_most_a_quarter_more():
+    counts = {count: few(count) for count in range(1, 4097)}
+    assert all(count <= rows <= 1.25 * count for count, rows in counts.items())
+    assert set(counts.values()) == {
+        r for k in range(13) for q in (4, 5, 6, 7) if (r := q * 2**k / 4) % 1 == 0 and r <= 4096
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "shards", "rows"), [(None, 4, None), (64, 1, 1), (200, 1, 3), (200, 2, 2), (64, 4, 4)]
+)
+def test_a_micro_batch_has_whole_rows_of_every_shard(limit, shards, rows):
+    c = UpdateSection(max_tokens_per_microbatch=limit)
+    assert rows_of_microbatch(64, c, shards) == rows
+
+
+def test_a_micro_batch_shorter_than_a_row_is_named_with_its_knob():
+    c = UpdateSection(max_tokens_per_microbatch=63)
+    with pytest.raises(UserError, match=r"update.max_tokens_per_microbatch = 63 .* 64 tokens"):
+        rows_of_microbatch(64, c, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_a_time", "shards", "padded"),
+    [
+        (9, None, 1, 10),
+        (9, None, 4, 12),
+        (9, 9, 1, 9),
+        (9, 64, 4, 12),
+        (9, 4, 4, 12),
+        (9, 8, 4, 16),
+    ],
+)
+def test_rows_are_padded_to_whole_micro_batches_only_where_there_are_several(
+    rows, at_a_time, shards, padded
+):
+    assert padded_rows(rows, at_a_time, shards) == padded
+
+
+def test_empty_rows_fill_up_micro_batches_and_shards():
+    case = random_groups(0)
+    c = UpdateSection(row_tokens=64, max_tokens_per_microbatch=192)
+    batch = pack(*case, c, 3)
+    used = np.count_nonzero(batch.group_BT.any(axis=1))
+    assert len(batch.tokens_BT) % 3 == 0 and len(batch.tokens_BT) > used
+    assert not any(x[used:].any() for x in batch)
+
+
+# --- first fit ---
+
+
+def test_first_fit_is_the_textbook_s():
+    assert first_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bins_hold_everything_once_and_are_nearly_as_few_as_can_be(seed):
+    sizes = np.random.default_rng(seed).integers(0, 101, 3000).tolist()
+    bins = first_fit(sizes, 100)
+    assert sorted(i for members in bins for i in members) == list(range(3000))
+    assert max(sum(sizes[i] for i in members) for members in bins) <= 100
+    assert len(bins) <= 11 / 9 * (sum(sizes) / 100) + 1

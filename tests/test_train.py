@@ -32,8 +32,9 @@ STEP_METRICS = (
     "mismatch/k3 lag/max tokens_per_s/rollout tokens_per_s/train time/rollout_s time/update_s "
     "time/publish_s publish/bytes weights/version"
 )
-# What two runs of the same seed may differ in: clocks, and version numbers that a kill has used up.
-CLOCKS = ("time", "tokens_per_s/", "weights/version")
+# What two runs of the same seed may differ in: clocks, version numbers that a kill has used up, and
+# how many shapes this process compiled.
+CLOCKS = ("time", "tokens_per_s/", "weights/version", "update/compiled_shapes")
 
 
 def environment() -> dict[str, str]:

@@ -1,6 +1,9 @@
 """An update is the torch one on the transformers model, on any mesh; a bad one never happened."""
 
 import logging
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +12,13 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl.config import AlgorithmSection, MeshSection, OptimizerSection
+from jaxrl.config import AlgorithmSection, MeshSection, OptimizerSection, UpdateSection
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
-from jaxrl.types import TrainBatch
+from jaxrl.packing import pack, rows_of_microbatch
+from jaxrl.types import Group, Prompt, Rollout, TrainBatch
 from jaxrl.update import init_state, make_optimizer, make_update
 from tests.reference_policy import VOCAB, make_reference, params_of, save_reference
 
@@ -26,39 +30,74 @@ OPTIMIZER = OptimizerSection(
     beta2=0.95,
     eps=1e-3,
     weight_decay=0.1,
-    max_grad_norm=3.5,
+    max_grad_norm=3.0,
 )
 ALGORITHM = AlgorithmSection(correction_cap=1.3)
 TEMPERATURE = 1.4
 MESHES = {"one_device": MeshSection(), "mesh": MeshSection(data=2, fsdp=2, tensor=2)}
-B, T = 8, 10
+# Lengths of prompts, and of the completions behind each: 21, 15 and 24 tokens, prompts shared.
+LENGTHS = {3: (5, 2, 7, 4), 1: (3, 6, 1, 4), 6: (8, 2, 5, 3)}
+SHARDS = 4
+LAYOUTS = {
+    "shared": UpdateSection(),
+    "alone": UpdateSection(share_prompts=False),
+    "microbatches": UpdateSection(row_tokens=16, max_tokens_per_microbatch=64),
+}
 
 
-def make_batch(reference, seed: int) -> TrainBatch:
-    """Behaviour log-probs near the reference's own, so that some weights reach the cap."""
+class Sampled(NamedTuple):
+    """What one update trains on, before it is packed."""
+
+    groups: list[Group]
+    advantages_PG: np.ndarray
+    weights_PG: np.ndarray
+
+    def completions(self):
+        """(prompt, tokens, mask, behaviour log-probs, advantage) of each."""
+        for group, advantages, weights in zip(*self, strict=True):
+            for rollout, advantage, weight in zip(group.rollouts, advantages, weights, strict=True):
+                usable = np.isfinite(rollout.logprobs)
+                behavior = np.where(usable, rollout.logprobs, 0.0)
+                yield group.prompt.tokens, rollout.tokens, usable * weight, behavior, advantage
+
+
+def make_sampled(seed: int, logprobs_of, vocab: int = VOCAB, lengths=None) -> Sampled:
+    """Behaviour log-probs near the policy's own, so that some weights reach the cap; a completion
+    and a token are not trained on."""
     rng = np.random.default_rng(seed)
-    tokens_BT = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
-    mask_BT = (np.arange(T) >= 3) & (np.arange(T) < rng.integers(5, T + 1, (B, 1)))
-    mask_BT[2] = False
-    mask_BT[1, 4] = False
-    with torch.no_grad():
-        own_BT = torch_logprobs(reference, torch.tensor(tokens_BT).long())[0].numpy()
-    behavior_BT = (own_BT + rng.normal(0, 0.5, (B, T))) * mask_BT
-    advantages_B = rng.normal(size=B)
-    return TrainBatch(
-        tokens_BT,
-        mask_BT.astype(np.float32),
-        behavior_BT.astype(np.float32),
-        advantages_B.astype(np.float32),
-    )
+
+    def rollout(prompt, length, i):
+        tokens = rng.integers(1, vocab, length).astype(np.int32)
+        logprobs = logprobs_of(prompt, tokens) + rng.normal(0, 0.5, length)
+        return Rollout(tokens, np.float32(logprobs), np.zeros(length, np.int64), "stop", i)
+
+    groups = []
+    for p, (start, ends) in enumerate((lengths or LENGTHS).items()):
+        prompt = tuple(rng.integers(1, vocab, start).tolist())
+        rollouts = tuple(rollout(prompt, length, i) for i, length in enumerate(ends))
+        groups.append(Group(Prompt(p, "", prompt, {}), rollouts))
+    groups[0].rollouts[2].logprobs[1] = np.nan
+    shape = (len(groups), len(groups[0].rollouts))
+    weights_PG = np.ones(shape, np.float32)
+    weights_PG[-1, 0] = 0.0
+    return Sampled(groups, np.float32(rng.normal(size=shape)), weights_PG)
 
 
-def torch_logprobs(model, tokens_BT):
-    """Log-probs and entropies of each token given its prefix, [B, T], 0 in column 0."""
-    logs_BSV = torch.log_softmax(model(tokens_BT).logits[:, :-1] / TEMPERATURE, -1)
-    picked_BS = logs_BSV.gather(-1, tokens_BT[:, 1:, None])[..., 0]
-    entropy_BS = -(logs_BSV.exp() * logs_BSV).sum(-1)
-    return tuple(torch.nn.functional.pad(x, (1, 0)) for x in (picked_BS, entropy_BS))
+def make_batch(reference, seed: int) -> Sampled:
+    def own(prompt, tokens):
+        with torch.no_grad():
+            return torch_scores(reference, prompt, tokens)[0].numpy()
+
+    return make_sampled(seed, own)
+
+
+def torch_scores(model, prompt, tokens):
+    """Log-probs and entropies of the tokens behind the prompt, alone in their row."""
+    row = torch.tensor([[*prompt, *tokens.tolist()]])
+    logits_TV = model(row).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    logs_TV = torch.log_softmax(logits_TV, -1)
+    picked_T = logs_TV.gather(-1, row[0, len(prompt) :, None])[:, 0]
+    return picked_T, -(logs_TV.exp() * logs_TV).sum(-1)
 
 
 class TorchUpdate:
@@ -78,18 +117,22 @@ class TorchUpdate:
             self.adamw, lambda step: min(1.0, (step + 1) / o.warmup_steps)
         )
 
-    def __call__(self, batch: TrainBatch) -> dict[str, float]:
-        tokens_BT = torch.tensor(batch.tokens_BT).long()
-        mask_BT, behavior_BT = (torch.tensor(x).double() for x in batch[1:3])
-        advantages_B1 = torch.tensor(batch.advantages_B).double()[:, None]
-        logprobs_BT, entropy_BT = torch_logprobs(self.model, tokens_BT)
-        proximal_BT = logprobs_BT.detach()
-        ratio_BT = (logprobs_BT - proximal_BT).exp()
-        clipped_BT = ratio_BT.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
-        rho_BT = (proximal_BT - behavior_BT).exp()
-        weight_BT = rho_BT.clamp(max=ALGORITHM.correction_cap)
-        surrogate_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
-        loss = -(mask_BT * weight_BT * surrogate_BT).sum() / mask_BT.sum()
+    def __call__(self, sampled: Sampled) -> dict[str, float]:
+        columns = []
+        for prompt, tokens, *numbers in sampled.completions():
+            mask, behavior, advantage = (torch.tensor(x).double() for x in numbers)
+            scores = torch_scores(self.model, prompt, tokens)
+            columns.append((*scores, mask, behavior, advantage.expand(len(tokens))))
+        logprobs_N, entropy_N, mask_N, behavior_N, advantages_N = (
+            torch.cat(column) for column in zip(*columns, strict=True)
+        )
+        proximal_N = logprobs_N.detach()
+        ratio_N = (logprobs_N - proximal_N).exp()
+        clipped_N = ratio_N.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
+        rho_N = (proximal_N - behavior_N).exp()
+        weight_N = rho_N.clamp(max=ALGORITHM.correction_cap)
+        surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+        loss = -(mask_N * weight_N * surrogate_N).sum() / mask_N.sum()
         self.adamw.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.max_grad_norm)
@@ -97,15 +140,15 @@ class TorchUpdate:
         self.adamw.step()
         self.warmup.step()
         moved = [p.detach() - b for p, b in zip(self.model.parameters(), before, strict=True)]
-        capped_BT = (rho_BT > ALGORITHM.correction_cap) * mask_BT
+        capped_N = (rho_N > ALGORITHM.correction_cap) * mask_N
         return {
             "loss": loss.item(),
             "grad_norm": norm.item(),
             "update_norm": torch.sqrt(sum((m**2).sum() for m in moved)).item(),
-            "entropy": ((entropy_BT * mask_BT).sum() / mask_BT.sum()).item(),
-            "tokens/trained": mask_BT.sum().item(),
+            "entropy": ((entropy_N * mask_N).sum() / mask_N.sum()).item(),
+            "tokens/trained": mask_N.sum().item(),
             "update/skipped": 0.0,
-            "correction/capped_fraction": (capped_BT.sum() / mask_BT.sum()).item(),
+            "correction/capped_fraction": (capped_N.sum() / mask_N.sum()).item(),
             "ratio/mean": 1.0,
         }
 
@@ -113,13 +156,13 @@ class TorchUpdate:
 class Learner:
     """Ours, on a mesh."""
 
-    def __init__(self, config, mesh: str):
-        self.mesh = make_mesh(MESHES[mesh])
+    def __init__(self, config, params, mesh: str, c: UpdateSection = LAYOUTS["shared"]):
+        self.mesh, self.c = make_mesh(MESHES[mesh]), c
         self.shardings = param_shardings(param_specs(config), self.mesh)
-        optimizer = make_optimizer(OPTIMIZER)
-        policy = Policy(config, jnp.float32)
-        self.update = make_update(policy, optimizer, ALGORITHM, TEMPERATURE, self.mesh)
-        self.optimizer = optimizer
+        self.optimizer, policy = make_optimizer(OPTIMIZER), Policy(config, jnp.float32)
+        self.update = make_update(
+            policy, self.optimizer, ALGORITHM, c, TEMPERATURE, self.mesh, self.start(params)
+        )
 
     def start(self, params):
         # jnp.array: the update consumes the state, and must not consume the test's arrays.
@@ -139,9 +182,15 @@ def config(weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def batches(weights):
+def sampled(weights):
     model = weights()
     return [make_batch(model, seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def batches(sampled):
+    """Packed for either mesh, all of one shape."""
+    return [pack(*each, LAYOUTS["shared"], SHARDS) for each in sampled]
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +199,8 @@ def params(weights):
 
 
 @pytest.fixture(scope="module")
-def learners(config):
-    return {name: Learner(config, name) for name in MESHES}
+def learners(config, params):
+    return {name: Learner(config, params, name) for name in MESHES}
 
 
 @pytest.fixture(params=MESHES)
@@ -167,16 +216,23 @@ def single(learners):
 class Bigram:
     """The least policy there is, for tests in which the model does not matter."""
 
-    def logits(self, params, tokens_BT):
-        return params["table"][tokens_BT]
+    def __init__(self, vocab_size: int = VOCAB):
+        self.config = SimpleNamespace(vocab_size=vocab_size)
 
-    def learner(self, where="one_device", **algorithm):
+    def hidden(self, params, tokens_BT, positions_BT, mask_BTS):
+        return jax.nn.one_hot(tokens_BT, VOCAB), None
+
+    def unembed(self, params, hidden):
+        return hidden @ params["table"]
+
+    def learner(self, where="one_device", c=LAYOUTS["shared"], **algorithm):
         """(update, state), the parameters on every device."""
         mesh, optimizer = make_mesh(MESHES[where]), make_optimizer(OPTIMIZER)
-        update = make_update(self, optimizer, AlgorithmSection(**algorithm), TEMPERATURE, mesh)
         table = jnp.sin(jnp.arange(VOCAB * VOCAB, dtype=jnp.float32)).reshape(VOCAB, VOCAB)
         replicated = NamedSharding(mesh, PartitionSpec())
-        return update, init_state({"table": jax.device_put(table, replicated)}, optimizer, mesh)
+        state = init_state({"table": jax.device_put(table, replicated)}, optimizer, mesh)
+        section = AlgorithmSection(**algorithm)
+        return make_update(self, optimizer, section, c, TEMPERATURE, mesh, state), state
 
 
 def host(tree):
@@ -192,26 +248,28 @@ def assert_bitwise(found, expected):
 
 
 def spoil(batch: TrainBatch, value: float) -> TrainBatch:
-    advantages_B = batch.advantages_B.copy()
-    advantages_B[0] = value
-    return batch._replace(advantages_B=advantages_B)
+    advantages_BC = batch.advantages_BC.copy()
+    advantages_BC[0] = value
+    return batch._replace(advantages_BC=advantages_BC)
 
 
 def empty(batch: TrainBatch) -> TrainBatch:
-    return batch._replace(loss_mask_BT=np.zeros_like(batch.loss_mask_BT))
+    return batch._replace(loss_mask_BC=np.zeros_like(batch.loss_mask_BC))
 
 
 # --- equality with torch ---
 
 
-def test_three_updates_equal_those_of_torch(single, params, batches, weights):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_updates_equal_those_of_torch(layout, config, params, sampled, weights):
     reference = weights()
     theirs = TorchUpdate(reference)
+    single = Learner(config, params, "one_device", LAYOUTS[layout])
     state = single.start(params)
     clipped = []
-    for count, batch in enumerate(batches, start=1):
-        state, metrics = single.update(state, batch)
-        expected = theirs(batch)
+    for count, each in enumerate(sampled, start=1):
+        state, metrics = single.update(state, pack(*each, single.c))
+        expected = theirs(each)
         assert 0 < expected["correction/capped_fraction"] < 1
         clipped.append(expected["grad_norm"] > OPTIMIZER.max_grad_norm)
         for name, value in expected.items():
@@ -226,9 +284,9 @@ def test_three_updates_equal_those_of_torch(single, params, batches, weights):
 @pytest.mark.parametrize("correction", ["token_tis", "none"])
 def test_the_engine_s_log_probs_matter_only_where_they_are_corrected(correction, batches):
     losses = []
-    for behavior_BT in (batches[0].behavior_logprobs_BT, batches[0].behavior_logprobs_BT * 3):
+    for behavior_BC in (batches[0].behavior_logprobs_BC, batches[0].behavior_logprobs_BC * 3):
         update, state = Bigram().learner(correction=correction)
-        _, metrics = update(state, batches[0]._replace(behavior_logprobs_BT=behavior_BT))
+        _, metrics = update(state, batches[0]._replace(behavior_logprobs_BC=behavior_BC))
         losses.append(float(metrics["loss"]))
     assert (losses[0] == losses[1]) == (correction == "none")
 
@@ -266,17 +324,21 @@ def test_state_stays_where_it_was_created_and_is_consumed(learner, params, batch
         assert all(leaf.is_deleted() for leaf in large)
 
 
-def test_the_rows_of_a_batch_are_split_over_data_and_fsdp(batches):
+@pytest.mark.parametrize("layout", ["shared", "microbatches"])
+def test_the_rows_of_a_batch_are_split_over_data_and_fsdp(layout, sampled):
     seen = []
 
     class Watching(Bigram):
-        def logits(self, params, tokens_BT):
+        def hidden(self, params, tokens_BT, *rest):
             jax.debug.inspect_array_sharding(tokens_BT, callback=seen.append)
-            return super().logits(params, tokens_BT)
+            return super().hidden(params, tokens_BT, *rest)
 
-    update, state = Watching().learner("mesh")
-    update(state, batches[0])
-    assert seen and {sharding.shard_shape((B, T)) for sharding in seen} == {(B // 4, T)}
+    update, state = Watching().learner("mesh", LAYOUTS[layout])
+    batch = pack(*sampled[0], LAYOUTS[layout], SHARDS)
+    update(state, batch)
+    B, T = batch.tokens_BT.shape
+    rows = rows_of_microbatch(T, LAYOUTS[layout], SHARDS) or B
+    assert seen and {sharding.shard_shape((rows, T)) for sharding in seen} == {(rows // 4, T)}
 
 
 def test_updates_of_one_shape_are_compiled_once(batches, caplog):
@@ -287,11 +349,28 @@ def test_updates_of_one_shape_are_compiled_once(batches, caplog):
     state, _ = update(state, batches[0])
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
         for batch in (*batches[1:], spoil(batches[0], np.nan), empty(batches[0])):
-            state, _ = update(state, batch)
+            state, metrics = update(state, batch)
+            assert int(metrics["update/compiled_shapes"]) == 1
         assert not compiled()
-        half = jax.tree.map(lambda x: x[:4], batches[0])
-        update(state, half)
+        half = jax.tree.map(lambda x: x[:2], batches[0])
+        _, metrics = update(state, half)
+        assert int(metrics["update/compiled_shapes"]) == 2
         assert any("step" in message for message in compiled())  # one that is, is noticed
+
+
+@pytest.mark.parametrize(("logits_mib", "most"), [(1, 2), (2, 4), (160, 3 * 32)])
+def test_logits_of_as_many_tokens_exist_as_the_knob_allows(logits_mib, most, sampled):
+    seen = []
+
+    class Watching(Bigram):
+        def unembed(self, params, hidden):
+            seen.append(math.prod(hidden.shape[:-1]))
+            return super().unembed(params, hidden)
+
+    c = UpdateSection(logits_mib=logits_mib)
+    update, state = Watching(vocab_size=2**17).learner(c=c)  # half a MiB of logits a token
+    update(state, pack(*sampled[0], c))
+    assert set(seen) == {most}
 
 
 # --- updates that must not happen ---

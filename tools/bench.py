@@ -61,11 +61,10 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 7) -> None:
 
 
 def bench_update() -> None:
-    """The gradient of 512 rows of 16 tokens, the demo's batch."""
+    """The gradient of 512 rows of 16 tokens, the demo's batch; then the layouts of rows."""
     import jax
     import jax.numpy as jnp
 
-    from jaxrl.losses import token_logprobs
     from jaxrl.models import decoder
 
     rows, length = 512, 16
@@ -81,13 +80,9 @@ def bench_update() -> None:
 
     def gradient(remat: bool, project: Callable) -> Callable[[], Any]:
         policy = decoder.Policy(DEMO, jnp.float32, remat)
-
-        def loss(params: Any) -> jax.Array:
-            return token_logprobs(policy.logits(params, tokens_BT), tokens_BT, 1.0)[0].sum()
-
         ours, decoder.project = decoder.project, project
         try:  # traced here, once, with the projection that is to be timed
-            compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+            compiled = jax.jit(jax.grad(_one_a_row(policy, tokens_BT))).lower(params).compile()
         finally:
             decoder.project = ours
         return lambda: jax.block_until_ready(compiled(params))
@@ -100,6 +95,84 @@ def bench_update() -> None:
             "contractions, activations kept": gradient(False, einsum),
         }
     )
+    wide = dataclasses.replace(
+        DEMO, vocab_size=512, hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=8
+    )
+    print("\nthe demo: 64 prompts of 6 tokens, 8 completions of 3 to 5")
+    _bench_layouts(DEMO, prompts=64, prompt_tokens=6, lengths=(3, 5), rounds=7)
+    print("\n1 prompt of 1,000 tokens, 8 completions of 64; hidden 256, 4 layers")
+    _bench_layouts(wide, prompts=1, prompt_tokens=1000, lengths=(64, 64), rounds=3)
+
+
+def _one_a_row(policy: Any, tokens_BT: np.ndarray) -> Callable[[Any], Any]:
+    """total(params): the log-probs of every token of right-padded rows."""
+    from jaxrl.losses import token_logprobs
+
+    def total(params: Any) -> Any:
+        hidden_BSD = policy.hidden_of_rows(params, tokens_BT)[:, :-1]
+        unembed = functools.partial(policy.unembed, params)
+        return token_logprobs(hidden_BSD, unembed, tokens_BT[:, 1:], 1.0)[0].sum()
+
+    return total
+
+
+def _bench_layouts(
+    model: Any, prompts: int, prompt_tokens: int, lengths: tuple[int, int], rounds: int
+) -> None:
+    """One completion a row, with logits of every token, against packed rows; XLA's FLOPs too."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl.config import UpdateSection
+    from jaxrl.models.decoder import Policy, init_params
+    from jaxrl.packing import pack, row_length
+    from jaxrl.types import Group, Rollout
+    from jaxrl.update import score_sampled
+
+    rng = np.random.default_rng(0)
+
+    def rollout(i: int) -> Rollout:
+        length = int(rng.integers(lengths[0], lengths[1] + 1))
+        tokens = rng.integers(1, model.vocab_size, length).astype(np.int32)
+        return Rollout(tokens, -np.ones(len(tokens)), np.zeros(len(tokens)), "stop", i)
+
+    groups = [
+        Group(
+            Prompt(p, "", tuple(rng.integers(1, model.vocab_size, prompt_tokens).tolist()), {}),
+            tuple(rollout(i) for i in range(8)),
+        )
+        for p in range(prompts)
+    ]
+    rows = [(*g.prompt.tokens, *r.tokens.tolist()) for g in groups for r in g.rollouts]
+    tokens_BT = np.zeros((len(rows), row_length(max(map(len, rows)))), np.int32)
+    for b, row in enumerate(rows):
+        tokens_BT[b, : len(row)] = row
+    policy, params = Policy(model, jnp.float32), init_params(param_specs(model), jax.random.key(0))
+
+    def packed(c: UpdateSection) -> tuple[Callable, Any]:
+        batch = pack(groups, np.ones((prompts, 8)), np.ones((prompts, 8)), c)
+        return lambda params: score_sampled(policy, params, batch, 1.0)[0].sum(), batch.tokens_BT
+
+    alone, shared = UpdateSection(share_prompts=False), UpdateSection()
+    cases: dict[str, Callable[[], Any]] = {}
+    for name, (total, tokens) in {
+        "one completion a row": (_one_a_row(policy, tokens_BT), tokens_BT),
+        "packed": packed(alone),
+        "packed, prompts shared": packed(shared),
+        "packed, prompts shared, rows of 32": packed(UpdateSection(row_tokens=32)),
+    }.items():
+        compiled = jax.jit(jax.grad(total)).lower(params).compile()
+        flops = (compiled.cost_analysis() or {})["flops"]
+        label = f"{name}: {tokens.shape[0]} x {tokens.shape[1]}"
+        print(f"{label:44s} {flops / 1e9:8.3f} GFLOP by XLA's count")
+        cases[label] = functools.partial(_finish, compiled, params)
+    interleaved(cases, rounds)
+
+
+def _finish(run: Callable, *arguments: Any) -> None:
+    import jax
+
+    jax.block_until_ready(run(*arguments))
 
 
 def bench_sampler() -> None:

@@ -9,6 +9,7 @@ and library versions give the same bytes.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -156,8 +157,10 @@ def fine_tune(policy: Policy, tokenizer: Tokenizer, steps: int, seed: int) -> Pa
     @jax.jit
     def step(params, opt_state, tokens_BT, mask_BT):
         def loss_fn(params):
-            logprobs_BT, _ = token_logprobs(policy.logits(params, tokens_BT), tokens_BT, 1.0)
-            return -(logprobs_BT * mask_BT).sum() / mask_BT.sum()
+            hidden_BSD = policy.hidden_of_rows(params, tokens_BT)[:, :-1]
+            unembed = functools.partial(policy.unembed, params)
+            logprobs_BS, _ = token_logprobs(hidden_BSD, unembed, tokens_BT[:, 1:], 1.0)
+            return -(logprobs_BS * mask_BT[:, 1:]).sum() / mask_BT.sum()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         changes, opt_state = optimizer.update(grads, opt_state, params)

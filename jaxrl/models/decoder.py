@@ -188,7 +188,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to float32 logits. Built on the leaves of `param_specs`, stacked over layers."""
+    """Token ids to hidden states. Built on the leaves of `param_specs`, stacked over layers."""
 
     def __init__(
         self, params: Params, c: DecoderConfig, dtype: Any, remat: bool, lora_scale: float
@@ -196,7 +196,6 @@ class Decoder(nnx.Module):
         self.embed = nnx.Param(params["embed"])
         self.layers = Block(params["layers"], c, dtype, lora_scale)
         self.final_norm = Norm(params["final_norm"]["scale"], c)
-        self.lm_head = None if c.tied_embeddings else nnx.Param(params["lm_head"])
         self.config, self.dtype, self.remat = c, dtype, remat
 
     def __call__(
@@ -208,7 +207,7 @@ class Decoder(nnx.Module):
         start: jax.Array | int = 0,
         slot_positions_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns float32 logits [B, T, V] and the cache with T more slots filled (or None).
+        """Returns hidden states [B, T, D] for `unembed`, and the cache with T more slots filled.
 
         Args:
           tokens_BT: int32 token ids.
@@ -237,15 +236,7 @@ class Decoder(nnx.Module):
         scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
         slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
         x_BTD, cache = scan(x_BTD, self.layers, slides_L, cache)
-        x_BTD = self.final_norm(x_BTD)
-        head_DV = self.embed[...].T if self.lm_head is None else self.lm_head[...]
-        with jax.named_scope("logits"):
-            logits_BTV = project(x_BTD, head_DV.astype(self.dtype), dtype=jnp.float32)
-            if c.logit_divisor != 1.0:
-                logits_BTV = logits_BTV / c.logit_divisor
-            if c.logit_softcap is not None:
-                logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
-        return logits_BTV, cache
+        return self.final_norm(x_BTD), cache
 
 
 class Policy(NamedTuple):
@@ -261,20 +252,41 @@ class Policy(NamedTuple):
     remat: bool = True
     lora_scale: float = 0.0
 
-    def apply(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+    def hidden(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
         decoder = Decoder(params, self.config, self.compute_dtype, self.remat, self.lora_scale)
         return decoder(*args, **kwargs)
 
-    def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
-        """Float32 logits [B, T, V] of right-padded rows: causal, positions 0, 1, 2, ...
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden states [..., D]."""
+        c = self.config
+        head_DV = params["embed"].T if c.tied_embeddings else params["lm_head"]
+        with jax.named_scope("logits"):
+            logits = project(hidden, head_DV.astype(self.compute_dtype), dtype=jnp.float32)
+            if c.logit_divisor != 1.0:
+                logits = logits / c.logit_divisor
+            if c.logit_softcap is not None:
+                logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits
+
+    def apply(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        """Float32 logits [B, T, V], and the cache; arguments are those of `Decoder.__call__`."""
+        hidden_BTD, cache = self.hidden(params, *args, **kwargs)
+        return self.unembed(params, hidden_BTD), cache
+
+    def hidden_of_rows(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
+        """Hidden states [B, T, D] of right-padded rows: causal, positions 0, 1, 2, ...
 
         Padding stands after every real token, so causality alone keeps it out of their sight.
         """
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         mask_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-        return self.apply(params, tokens_BT, positions_BT, mask_BTS)[0]
+        return self.hidden(params, tokens_BT, positions_BT, mask_BTS)[0]
+
+    def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
+        """Float32 logits [B, T, V] of right-padded rows; see `hidden_of_rows`."""
+        return self.unembed(params, self.hidden_of_rows(params, tokens_BT))
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> KVCache:
