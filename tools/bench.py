@@ -101,7 +101,7 @@ def bench_update() -> None:
     print("\nthe demo: 64 prompts of 6 tokens, 8 completions of 3 to 5")
     _bench_layouts(DEMO, prompts=64, prompt_tokens=6, lengths=(3, 5), rounds=7)
     print("\n1 prompt of 1,000 tokens, 8 completions of 64; hidden 256, 4 layers")
-    _bench_layouts(wide, prompts=1, prompt_tokens=1000, lengths=(64, 64), rounds=3)
+    _bench_layouts(wide, prompts=1, prompt_tokens=1000, lengths=(64, 64), rounds=2)
 
 
 def _one_a_row(policy: Any, tokens_BT: np.ndarray) -> Callable[[Any], Any]:
