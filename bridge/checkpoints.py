@@ -31,7 +31,7 @@ from bridge.safetensors_files import (
 )
 from bridge.wire import HostTensor
 from jaxrl import durable
-from jaxrl.models.params import ParamSpec, Path, tree_of
+from jaxrl.models.params import ParamSpec, Path, leaf_at, tree_of
 from jaxrl.types import UserError
 
 TOKENIZER_FILES = (
@@ -71,7 +71,7 @@ def load_params(
     wanted = hf_tensors(specs)
     found = scan(model_dir)
     _refuse(model_dir, found.problems + _misfits(found, wanted))
-    places = {path: Place(spec, _at(shardings, path), dtype) for path, spec in specs.items()}
+    places = {path: Place(spec, leaf_at(shardings, path), dtype) for path, spec in specs.items()}
     stored = sorted((found.tensors[name] for name in wanted), key=lambda t: (t.file, t.offset))
     chunks = [
         chunk
@@ -189,9 +189,3 @@ def _damage(tensor: StoredTensor) -> str | None:
     except DamageError as problem:
         return str(problem)
     return None
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

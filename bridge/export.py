@@ -8,7 +8,7 @@ import numpy as np
 
 from bridge.names import hf_tensors, to_hf
 from bridge.wire import HostTensor
-from jaxrl.models.params import ParamSpec, Path
+from jaxrl.models.params import ParamSpec, Path, leaf_at
 
 Exporter = Callable[[Any], list[HostTensor]]
 
@@ -28,7 +28,7 @@ def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
         return {path: to_hf(spec, leaves[path]).astype(dtype) for path, spec in specs.items()}
 
     def export(params: Any) -> list[HostTensor]:
-        leaves = {path: _leaf(params, path) for path in specs}
+        leaves = {path: leaf_at(params, path) for path in specs}
         arrays = {p: np.ascontiguousarray(x) for p, x in jax.device_get(to_wire(leaves)).items()}
         exported = []
         for name, tensor in tensors.items():
@@ -39,9 +39,3 @@ def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
         return exported
 
     return export
-
-
-def _leaf(tree: Any, path: Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

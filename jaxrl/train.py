@@ -194,6 +194,7 @@ def train(command: Command) -> int:
     from jaxrl.data import fingerprint, load_tokenizer, open_data
     from jaxrl.model_dir import find_model
     from jaxrl.models.config import load_config
+    from jaxrl.models.params import trained_specs
     from jaxrl.rewards import make_reward
     from jaxrl.rundir import VersionCounter, open_run
 
@@ -201,7 +202,7 @@ def train(command: Command) -> int:
     model_dir = find_model(c.model.path)
     decoder = load_config(model_dir, c.model.ignore_config_fields)
     check_lengths(c, decoder)
-    trained_specs(c, decoder)  # refuses an adapter for a layer that the model does not have
+    trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
     tokenizer = load_tokenizer(model_dir, decoder)
     stream, held_out = open_data(c, tokenizer)
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
@@ -326,14 +327,14 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     from bridge.export import make_exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
     from jaxrl.models.decoder import Policy, init_params
-    from jaxrl.models.params import param_specs
+    from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.update import init_state, make_optimizer, make_update
 
     compute = c.model.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh, lora = make_mesh(c.mesh), lora_config(c)
-    specs, trained = param_specs(decoder), trained_specs(c, decoder)
+    specs, trained = param_specs(decoder), trained_specs(decoder, lora)
     shardings = param_shardings(specs, mesh)
     for line in kept_whole(specs, mesh):
         print(f"mesh: {line}")
@@ -377,13 +378,6 @@ def lora_config(c: Config) -> LoraConfig | None:
     return LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
 
 
-def trained_specs(c: Config, decoder: DecoderConfig) -> dict[ParamPath, ParamSpec]:
-    from jaxrl.models.params import lora_specs, param_specs
-
-    lora = lora_config(c)
-    return param_specs(decoder) if lora is None else lora_specs(decoder, lora)
-
-
 def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     """Starts the engines without waiting for them: the trainer compiles meanwhile."""
     try:
@@ -397,8 +391,10 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     from bridge.names import expected_tensors
     from bridge.peft import adapter_config
     from jaxrl.model_dir import engine_files
+    from jaxrl.models.params import trained_specs
 
-    lora, trained = lora_config(c), trained_specs(c, decoder)
+    lora = lora_config(c)
+    trained = trained_specs(decoder, lora)
     fleet = Fleet(
         FleetSettings(
             engines=c.vllm.engines,

@@ -34,7 +34,7 @@ from bridge.wire import HostTensor, TensorEntry, sha256, version_digest
 from jaxrl import durable
 from jaxrl.model_dir import find_model
 from jaxrl.models.config import DecoderConfig, LoraConfig, load_config
-from jaxrl.models.params import ParamSpec, lora_specs, param_specs, tree_of
+from jaxrl.models.params import ParamSpec, leaf_at, param_specs, trained_specs, tree_of
 from jaxrl.models.params import Path as Leaf
 from jaxrl.types import RunError, UserError
 
@@ -76,7 +76,7 @@ def hf2jax(options: argparse.Namespace) -> str:
     checkpoint.save_alone(target, {"params": params}, host, files)
     seconds = time.perf_counter() - start
     written = Tally()
-    weights = Weights(specs, lambda paths: {path: _at(params, path) for path in paths})
+    weights = Weights(specs, lambda paths: {path: leaf_at(params, path) for path in paths})
     for _ in written.through(export_stream(weights, options.dtype)):
         pass  # hashed under the names and in the layout that every other tool sees
     return written.report(target, seconds)
@@ -119,9 +119,7 @@ class PolicyFacts:
 
     @property
     def trained(self) -> dict[Leaf, ParamSpec]:
-        if self.lora is None:
-            return param_specs(self.decoder)
-        return lora_specs(self.decoder, self.lora)
+        return trained_specs(self.decoder, self.lora)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +228,7 @@ def _merged(stored: Stored, policy: PolicyFacts, lora: LoraConfig, adapters: Wei
     def read(paths: Collection[Leaf]) -> dict[Leaf, Any]:
         some = {path: specs[path] for path in paths}
         merged = merged_params(some, lora, whole)
-        return {path: _at(merged, path) for path in some}
+        return {path: leaf_at(merged, path) for path in some}
 
     return Weights(specs, read)
 
@@ -358,12 +356,6 @@ def one_line(error: object) -> str:
 
 def _array_name(path: Leaf) -> str:
     return "/".join(("params", *path))
-
-
-def _at(tree: Any, path: Leaf) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def _on_one_device(specs: dict[Leaf, ParamSpec]) -> Any:

@@ -310,9 +310,10 @@ def _sliding(f: _Fields, c: DecoderConfig, window: int | None, default: list[boo
     return {"sliding_window": window, "sliding": tuple(default)} if any(default) else {}
 
 
-def _every_layer_slides(f: _Fields, c: DecoderConfig) -> dict:
+def _every_layer_slides(f: _Fields, c: DecoderConfig, default: int | None = None) -> dict:
     """Mistral's way: a window is for all layers."""
-    return _sliding(f, c, f.get("sliding_window"), [True] * c.num_layers)
+    window = _unless_null(f, "sliding_window", default)
+    return _sliding(f, c, window, [True] * c.num_layers)
 
 
 def _llama(f: _Fields, c: DecoderConfig) -> dict:
@@ -323,7 +324,7 @@ def _llama(f: _Fields, c: DecoderConfig) -> dict:
 
 def _mistral(f: _Fields, c: DecoderConfig) -> dict:
     f.only("hidden_act", "silu")
-    return _sliding(f, c, _unless_null(f, "sliding_window", 4096), [True] * c.num_layers)
+    return _every_layer_slides(f, c, default=4096)
 
 
 def _qwen2(f: _Fields, c: DecoderConfig) -> dict:

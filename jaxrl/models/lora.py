@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.models.config import LoraConfig
-from jaxrl.models.params import ParamSpec, Path, tree_of
+from jaxrl.models.params import ParamSpec, Path, leaf_at, tree_of
 
 
 def with_adapters(frozen: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
@@ -29,9 +29,7 @@ def merged_params(specs: dict[Path, ParamSpec], lora: LoraConfig, params: Any) -
     """
     leaves = {}
     for path, spec in specs.items():
-        node = params
-        for name in path[:-1]:
-            node = node[name]
+        node = leaf_at(params, path[:-1])
         weight = node[path[-1]].astype(jnp.float32)
         lora_b = node.get(f"{path[-1]}_lora_b")
         if lora_b is not None:

@@ -65,6 +65,11 @@ def param_specs(c: DecoderConfig) -> dict[Path, ParamSpec]:
     return table.specs
 
 
+def trained_specs(c: DecoderConfig, lora: LoraConfig | None) -> dict[Path, ParamSpec]:
+    """What trains: every leaf, or those of the adapters beside them."""
+    return param_specs(c) if lora is None else lora_specs(c, lora)
+
+
 def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
     """The adapter leaves: for each target W [in, out] a pair A [in, rank] and B [rank, out].
 
@@ -122,6 +127,13 @@ def tree_of(leaves: dict[Path, Any]) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
+    return tree
+
+
+def leaf_at(tree: Any, path: Path) -> Any:
+    """The leaf that stands at `path` of a nested dict: what `tree_of` put there."""
+    for name in path:
+        tree = tree[name]
     return tree
 
 
