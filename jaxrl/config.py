@@ -46,6 +46,12 @@ class ModelSection(Section):
         "nothing in what it computes; any other unknown field is refused",
     )
 
+    attention: Literal["auto", "xla", "splash", "cudnn"] = knob(
+        "auto",
+        "what computes attention in the update: splash on TPU, cudnn on NVIDIA GPUs, xla anywhere. "
+        "auto: the one meant for the device, or xla where that one lacks what the model needs",
+    )
+
 
 class LoraSection(Section):
     rank: int = knob(0, "rank of the adapters; 0: no adapters, all weights are trained", ge=0)
@@ -178,15 +184,15 @@ class UpdateSection(Section):
     )
     row_tokens: int = knob(
         4096,
-        "rows become as long as a prompt and all its completions, up to this; a longer completion "
-        "lengthens them regardless",
+        "longest row that may be chosen; what is chosen has the least to compute. A longer "
+        "completion lengthens rows regardless",
         unit="tokens",
         ge=1,
     )
     max_tokens_per_microbatch: int | None = knob(
         None,
         "row slots, over all devices, whose gradient is computed at a time; the result does not "
-        "depend on it. default: the whole batch at once",
+        "depend on it. default: 2048 a device on CPU, 16384 elsewhere",
         unit="tokens",
         ge=1,
     )
@@ -310,12 +316,12 @@ def contradictions(c: Config) -> list[str]:
     """The rules no single field can state; each problem with its way out."""
     found = []
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
-    microbatch, row = c.update.max_tokens_per_microbatch, 1 << (longest - 1).bit_length()
-    if microbatch is not None and microbatch < row:
+    microbatch = c.update.max_tokens_per_microbatch
+    if microbatch is not None and microbatch < longest:
         found.append(
-            f"update.max_tokens_per_microbatch = {microbatch} is less than one row: "
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens need rows of "
-            f"{row}; make it at least {row}, or lower one of the two"
+            f"update.max_tokens_per_microbatch = {microbatch} is less than the longest sample: "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; make it at least "
+            f"{longest}, or lower one of the two"
         )
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)

@@ -13,6 +13,7 @@ from jaxrl.config import UpdateSection
 from jaxrl.types import Group, Rollout, TrainBatch, UserError
 
 SHORTEST_ROW = 16  # tokens
+LONGER = 6  # lengths beyond the least that a row may get
 
 
 class Completion(NamedTuple):
@@ -36,9 +37,15 @@ class Unit(NamedTuple):
         return len(self.prompt) + self.sampled
 
 
+def few(count: int, multiple_of: int = 1) -> int:
+    """The next of eight sizes to an octave: at most an eighth is padding, and a run meets few."""
+    step = max(multiple_of, (1 << (count - 1).bit_length()) // 16)
+    return -(-count // step) * step
+
+
 def row_length(longest: int) -> int:
-    """The next power of two: a run compiles the update once per power, not once per length."""
-    return max(SHORTEST_ROW, 1 << (longest - 1).bit_length())
+    """Slots of a row: the update is compiled once per length, not once per count of tokens."""
+    return few(longest, SHORTEST_ROW)
 
 
 def pack(
@@ -47,6 +54,7 @@ def pack(
     weights_PG: np.ndarray,
     c: UpdateSection,
     shards: int = 1,
+    key_cost: float = 0.0,
 ) -> TrainBatch:
     """Every completion behind its prompt, in as few rows as first-fit decreasing finds.
 
@@ -57,51 +65,88 @@ def pack(
       groups: P groups of G rollouts.
       advantages_PG: float32 [P, G].
       weights_PG: float32 [P, G], 1 for completions that are trained on, else 0.
-      shards: parts that the mesh splits rows into; empty rows make B a multiple of it, and of the
-        rows of a micro-batch.
+      shards: parts that the mesh splits rows into; empty rows make B a multiple of it.
+      key_cost: what attending to one key costs, in the rest of a token's work: long rows share
+        prompts among more completions, and have more keys to attend to.
     """
-    T = choose_row_length(groups, c)
+    layouts = [Layout.of(groups, T, c, shards) for T in row_lengths(groups, c)]
+    layout = min(layouts, key=lambda layout: layout.cost(key_cost))
     units = [
         unit
-        for group, advantages_G, weights_G in zip(groups, advantages_PG, weights_PG, strict=True)
-        for unit in units_of(group, advantages_G, weights_G, T, c.share_prompts)
+        for group, advantages_G, weights_G, members in zip(
+            groups, advantages_PG, weights_PG, layout.members, strict=True
+        )
+        for unit in units_of(group, advantages_G, weights_G, members)
     ]
-    rows = [[units[i] for i in row] for row in first_fit([unit.size for unit in units], T)]
-    B = padded_rows(len(rows), rows_of_microbatch(T, c, shards), shards)
+    rows = [[units[i] for i in row] for row in layout.rows]
     C = row_length(max(sum(unit.sampled for unit in row) for row in rows))
-    batch = empty_batch(B, T, C)
+    batch = empty_batch(layout.B, layout.T, C)
     for b, row in enumerate(rows):
         fill_row(TrainBatch(*(array[b] for array in batch)), row)
     return batch
 
 
-def choose_row_length(groups: Sequence[Group], c: UpdateSection) -> int:
-    """Tokens of a row: as many as the longest completion and its prompt need or, where prompts are
-    shared, the largest group, if `update` allows rows of that length."""
+def row_lengths(groups: Sequence[Group], c: UpdateSection) -> list[int]:
+    """Lengths of a row to choose from: what the longest completion and its prompt need and, where
+    prompts are shared, some more, up to what the largest group needs if `update` allows that.
+
+    Raises:
+      UserError: a micro-batch has no room for the longest.
+    """
+    limit = c.max_tokens_per_microbatch
     longest = max(len(g.prompt.tokens) + len(r.tokens) for g in groups for r in g.rollouts)
+    if limit is not None and limit < longest:
+        raise UserError(
+            f"update.max_tokens_per_microbatch = {limit} is less than the {longest} tokens of the "
+            f"longest prompt and its completion; make it at least {longest}"
+        )
+    least = row_length(longest) if limit is None else min(row_length(longest), limit)
     if not c.share_prompts:
-        return row_length(longest)
+        return [least]
     largest = max(len(g.prompt.tokens) + sum(len(r.tokens) for r in g.rollouts) for g in groups)
-    most = min(c.row_tokens, c.max_tokens_per_microbatch or c.row_tokens)
-    return max(row_length(longest), min(row_length(largest), 1 << (most.bit_length() - 1)))
+    most = min(row_length(largest), c.row_tokens, c.row_tokens if limit is None else limit)
+    longer = {row_length(round(least * (most / least) ** (i / LONGER))) for i in range(1, LONGER)}
+    return [least, *sorted(T for T in longer if least < T < most), *([most] * (most > least))]
+
+
+class Layout(NamedTuple):
+    """Which completions share a row of T tokens, and which a copy of their prompt there."""
+
+    T: int
+    B: int
+    members: list[list[list[int]]]  # of each group, of each of its units: completions
+    rows: list[list[int]]  # of each row: units, counted over all groups
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], T: int, c: UpdateSection, shards: int) -> "Layout":
+        """The layout for rows of T tokens. Members of a group share as few copies of their prompt
+        as rows of that length allow; without sharing each has its own."""
+        members, sizes = [], []
+        for group in groups:
+            lengths, start = [len(r.tokens) for r in group.rollouts], len(group.prompt.tokens)
+            bins = [[i] for i in range(len(lengths))]
+            if c.share_prompts:
+                bins = [sorted(found) for found in first_fit(lengths, T - start)]
+            members.append(bins)
+            sizes += [start + sum(lengths[i] for i in found) for found in bins]
+        rows = first_fit(sizes, T)
+        B = shards * few(-(-len(rows) // shards))
+        return cls(T, B, members, rows)
+
+    def cost(self, key_cost: float) -> float:
+        """Work of the update, in tokens that attend to nothing: a token sees half of its row."""
+        return self.B * self.T * (1 + key_cost * self.T / 2)
 
 
 def units_of(
-    group: Group, advantages_G: np.ndarray, weights_G: np.ndarray, T: int, share: bool
+    group: Group, advantages_G: np.ndarray, weights_G: np.ndarray, members: list[list[int]]
 ) -> list[Unit]:
-    """A group's completions, behind as few copies of their prompt as rows of T tokens allow."""
-    prompt = group.prompt.tokens
+    """A group's completions, each behind the copy of the prompt that `members` puts it behind."""
     completions = [
         Completion(rollout, float(advantage), float(weight))
         for rollout, advantage, weight in zip(group.rollouts, advantages_G, weights_G, strict=True)
     ]
-    if not share:
-        return [Unit(prompt, [completion]) for completion in completions]
-    sizes = [len(rollout.tokens) for rollout in group.rollouts]
-    return [
-        Unit(prompt, [completions[i] for i in sorted(members)])
-        for members in first_fit(sizes, T - len(prompt))
-    ]
+    return [Unit(group.prompt.tokens, [completions[i] for i in unit]) for unit in members]
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
@@ -118,31 +163,11 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return bins
 
 
-def few(count: int) -> int:
-    """The next of 1, 1.25, 1.5 and 1.75 times a power of two: at most a fifth is padding."""
-    step = max(1, (1 << (count - 1).bit_length()) // 8)
-    return -(-count // step) * step
-
-
-def padded_rows(rows: int, at_a_time: int | None, shards: int) -> int:
-    """A multiple of `shards` and, if there are more rows than one micro-batch has, of its rows."""
-    if at_a_time is not None and rows > at_a_time:
-        return at_a_time * few(-(-rows // at_a_time))
-    padded = shards * few(-(-rows // shards))
-    return padded if at_a_time is None else min(padded, at_a_time)
-
-
-def rows_of_microbatch(T: int, c: UpdateSection, shards: int) -> int | None:
-    """Rows whose gradient is computed at a time, a multiple of `shards`; None: all of them."""
-    limit = c.max_tokens_per_microbatch
-    if limit is None:
-        return None
-    if limit < T:
-        raise UserError(
-            f"update.max_tokens_per_microbatch = {limit} is less than one row of {T} tokens; make "
-            f"it at least {T}"
-        )
-    return max(limit // T // shards, 1) * shards
+def rows_of_microbatch(B: int, T: int, limit: int, shards: int) -> int:
+    """Rows whose gradient is computed at a time: the most that divide B evenly, whole rows of every
+    shard, and have at most `limit` slots; at least one row of each shard."""
+    most = max(limit // (T * shards), 1)
+    return shards * max(rows for rows in range(1, most + 1) if B // shards % rows == 0)
 
 
 def empty_batch(B: int, T: int, C: int) -> TrainBatch:

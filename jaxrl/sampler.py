@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.losses import token_logprobs
+from jaxrl.models.attention import Masked
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
@@ -153,11 +154,14 @@ def _sample(
     new_BS = lengths_B[:, None] + slots_S[None] - T
     slot_positions_BS = jnp.where(slots_S[None] < T, slots_S[None], new_BS)
 
+    def masked(mask_BTS: jax.Array, positions_BT: jax.Array) -> Masked:
+        return Masked(mask_BTS, positions_BT[:, :, None] - slot_positions_BS[:, None])
+
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     causal_BTS = (slots_S[None, None] <= positions_BT[:, :, None]) & prompt_BS[:, None]
     cache = empty_cache(policy.config, B, S, policy.compute_dtype)
     hidden_BTD, cache = policy.hidden(
-        params, prompts_BT, positions_BT, causal_BTS, cache, 0, slot_positions_BS
+        params, prompts_BT, positions_BT, masked(causal_BTS, positions_BT), cache
     )
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     last_BV = policy.unembed(params, last_BD)
@@ -179,10 +183,9 @@ def _sample(
             params,
             token_B[:, None],
             (lengths_B + n)[:, None],
-            visible_BS[:, None],
+            masked(visible_BS[:, None], (lengths_B + n)[:, None]),
             draw.cache,
             T + n,
-            slot_positions_BS,
         )
         return _Draw(
             n + 1,

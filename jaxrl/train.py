@@ -81,6 +81,7 @@ class Parts:
     save: Callable[[int, TrainState, int], None]  # (step, state, version)
     log: RunLog
     stop_tokens: tuple[int, ...]
+    key_cost: float  # see `packing.pack`
 
 
 def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
@@ -121,7 +122,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             ),
         )
         shards = c.mesh.data * c.mesh.fsdp
-        batch = pack(groups, advantages_PG, weights_PG, c.update, shards)
+        batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost)
         state, update_metrics = parts.update(state, batch)
         metrics = {name: float(value) for name, value in update_metrics.items()}
         clock.lap("update")
@@ -271,6 +272,7 @@ def train(command: Command) -> int:
             save=save,
             log=log,
             stop_tokens=decoder.eos_token_ids,
+            key_cost=decoder.key_cost,
         )
         state = run(parts, state, first_step, interrupt)
         finished = int(state.step) >= c.run.steps
@@ -326,6 +328,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     from bridge.checkpoints import load_params
     from bridge.export import make_exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
+    from jaxrl.models.attention import backend_for
     from jaxrl.models.decoder import Policy, init_params
     from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.update import init_state, make_optimizer, make_update
@@ -346,7 +349,13 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
             lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
         )
         params = start(jax.random.key(c.run.seed))
-    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
+    attention, instead = backend_for(
+        c.model.attention, mesh.devices.flat[0].platform, decoder, compute
+    )
+    if instead:
+        print(instead)
+    scale = lora.scale if lora else 0.0
+    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, scale, attention, mesh)
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
     return Learner(

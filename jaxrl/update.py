@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
-from jaxrl.losses import Array, grpo_loss, token_logprobs
+from jaxrl.losses import grpo_loss, token_logprobs
 from jaxrl.mesh import batch_sharding, row_shards
+from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import rows_of_microbatch
@@ -27,6 +28,10 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, updates tried, skipped ones included
     skipped_in_a_row: jax.Array  # int32, updates skipped since the last one that was applied
 
+
+# Slots whose gradient a device computes at a time: enough to fill its matrix units, and on a CPU
+# few enough for the activations to stay in its caches.
+DEFAULT_MICROBATCH = {"cpu": 2048, "tpu": 16384}
 
 Metrics = dict[str, jax.Array]
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
@@ -160,17 +165,22 @@ def make_gradient(
         params: Params, frozen: Params, batch: TrainBatch, tokens: jax.Array
     ) -> tuple[jax.Array, Scores]:
         whole = with_adapters(frozen, params)
-        scores = score_sampled(policy, whole, batch, temperature, chunk_tokens, shards)
+        scores = score_sampled(
+            policy, whole, batch, temperature, chunk_tokens, shards, c.share_prompts
+        )
         loss, _ = objective(scores[0], jax.lax.stop_gradient(scores[0]), batch, tokens=tokens)
         return loss, scores
 
+    limit = c.max_tokens_per_microbatch or mesh.size * DEFAULT_MICROBATCH.get(
+        mesh.devices.flat[0].platform, DEFAULT_MICROBATCH["tpu"]
+    )
     of_part = jax.grad(loss_fn, has_aux=True)
 
     def gradient(params: Params, frozen: Params, batch: TrainBatch) -> tuple[Params, Scores]:
         tokens = batch.loss_mask_BC.sum()
         B, T = batch.tokens_BT.shape
-        rows = rows_of_microbatch(T, c, shards) or B
-        if rows >= B:
+        rows = rows_of_microbatch(B, T, limit, shards)
+        if rows == B:
             return of_part(params, frozen, batch, tokens)
 
         def add(total: Params, part: TrainBatch) -> tuple[Params, Scores]:
@@ -191,10 +201,17 @@ def score_sampled(
     temperature: float,
     chunk_tokens: int | None = None,
     shards: int = 1,
+    branches: bool = True,
 ) -> Scores:
-    """Log-probs and entropies of a batch's sampled tokens; logits are computed for no other."""
+    """Log-probs and entropies of a batch's sampled tokens; logits are computed for no other.
+
+    Without `branches` no two completions of the batch share a prompt.
+    """
     hidden_BTD, _ = policy.hidden(
-        params, batch.tokens_BT, batch.positions_BT, visible(batch.group_BT, batch.branch_BT)
+        params,
+        batch.tokens_BT,
+        batch.positions_BT,
+        Packed(batch.group_BT, batch.branch_BT if branches else None, batch.positions_BT),
     )
     hidden_BCD = jnp.take_along_axis(hidden_BTD, batch.predictor_BC[..., None], axis=1)
     # Each device's rows as one, so that a chunk is as large as it may be however short rows are.
@@ -207,14 +224,6 @@ def score_sampled(
     )
     logprobs_BC, entropy_BC = (x.reshape(batch.targets_BC.shape) for x in scores)
     return logprobs_BC, entropy_BC
-
-
-def visible(group_BT: Array, branch_BT: Array) -> jax.Array:
-    """Which tokens of its row each one sees, bool [B, T, S]: see `types.TrainBatch`."""
-    T = group_BT.shape[1]
-    group_BTS = group_BT[:, :, None] == group_BT[:, None, :]
-    branch_BTS = branch_BT[:, :, None] == branch_BT[:, None, :]
-    return group_BTS & (branch_BTS | (branch_BT[:, None, :] == 0)) & jnp.tri(T, dtype=bool)
 
 
 def split(x: jax.Array, parts: int, shards: int) -> jax.Array:

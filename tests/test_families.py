@@ -24,6 +24,7 @@ from bridge.checkpoints import load_params
 from bridge.export import make_exporter
 from jaxrl.config import MeshSection
 from jaxrl.mesh import kept_whole, make_mesh, param_shardings
+from jaxrl.models.attention import Packed
 from jaxrl.models.config import FAMILIES as ARCHITECTURES
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
@@ -126,12 +127,12 @@ def test_bfloat16_tells_distant_positions_apart(load, logits):
     """Only distances count, so rows that start at 400 have the logits of rows that start at 0."""
     policy, params = load("llama")
     B, T = TOKENS_BT.shape
-    mask_BTS = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
-
     apply = jax.jit(Policy(policy.config, jnp.bfloat16).apply)
 
     def error(positions_BT):
-        found_BTV, _ = apply(params, TOKENS_BT, positions_BT, mask_BTS)
+        found_BTV, _ = apply(
+            params, TOKENS_BT, positions_BT, Packed(np.ones((B, T), int), None, positions_BT)
+        )
         return np.abs(np.asarray(found_BTV) - logits("llama")).mean()
 
     near_BT = np.broadcast_to(np.arange(T), (B, T))

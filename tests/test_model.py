@@ -18,6 +18,7 @@ from bridge.export import make_exporter
 from bridge.names import expected_tensors
 from jaxrl.config import MeshSection
 from jaxrl.mesh import make_mesh, param_shardings
+from jaxrl.models.attention import Masked
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import Policy, empty_cache, init_params
 from jaxrl.models.params import param_specs
@@ -170,14 +171,14 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(loaded):
     )
     positions_BT = np.broadcast_to(np.arange(5), (2, 5))
     prompts_BT = np.where(np.arange(5) < lengths_B[:, None], TOKENS_BT[:, :5], 0)
-    _, cache = apply(params, prompts_BT, positions_BT, mask_BTS, cache, 0)
+    _, cache = apply(params, prompts_BT, positions_BT, Masked(mask_BTS, None), cache, 0)
     whole_BTV = run(policy, params)
     for n in range(4):
         now_B = lengths_B + n
         token_B1 = np.take_along_axis(TOKENS_BT, now_B[:, None], axis=1)
         visible_BS = (slots_S < lengths_B[:, None]) | ((slots_S >= 5) & (slots_S <= 5 + n))
         logits_B1V, cache = apply(
-            params, token_B1, now_B[:, None], visible_BS[:, None], cache, 5 + n
+            params, token_B1, now_B[:, None], Masked(visible_BS[:, None], None), cache, 5 + n
         )
         for b in range(2):
             np.testing.assert_allclose(logits_B1V[b, 0], whole_BTV[b, now_B[b]], atol=1e-5)

@@ -11,12 +11,13 @@ from bridge.checkpoints import load_params
 from jaxrl.config import MeshSection, UpdateSection
 from jaxrl.losses import grpo_loss
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings, row_shards
+from jaxrl.models.attention import Packed
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
 from jaxrl.packing import pack
 from jaxrl.types import Group, Prompt, Rollout, TrainBatch
-from jaxrl.update import make_gradient, score_sampled, visible
+from jaxrl.update import make_gradient, score_sampled
 from tests.reference_policy import FAMILIES, FAMILY_VOCAB, family_model
 from tests.test_update import TEMPERATURE, make_sampled
 
@@ -158,12 +159,12 @@ def test_tokens_out_of_sight_have_exactly_no_influence(name, load):
 
     groups = [
         Group(Prompt(i, "", tuple(next(ids) for _ in range(start)), {}), tuple(map(rollout, ends)))
-        for i, (start, ends) in enumerate([(WINDOW + 6, (5, 4, 3)), (3, (6, 2, 4))])
+        for i, (start, ends) in enumerate([(WINDOW + 6, (5, 4, 3)), (3, (5, 2, 4))])
     ]
     batch = pack(groups, np.ones((2, 3)), np.ones((2, 3)), UpdateSection())
     tokens_T, _, group_T, _, predictor_C, targets_C = (x[0] for x in batch[:6])
     assert len(batch.tokens_BT) == 1 and len(set(tokens_T[group_T > 0])) == (group_T > 0).sum()
-    mask_BTS = visible(batch.group_BT, batch.branch_BT)
+    seen = Packed(batch.group_BT, batch.branch_BT, batch.positions_BT)
 
     @jax.jit
     def influence(params, factors_T):
@@ -171,7 +172,7 @@ def test_tokens_out_of_sight_have_exactly_no_influence(name, load):
 
         def total(embed):
             changed = params | {"embed": embed}
-            hidden, _ = policy.hidden(changed, batch.tokens_BT, batch.positions_BT, mask_BTS)
+            hidden, _ = policy.hidden(changed, batch.tokens_BT, batch.positions_BT, seen)
             return (jnp.sin(hidden[0]) * factors_T[:, None]).sum()
 
         return jnp.abs(jax.grad(total)(params["embed"])[tokens_T]).sum(axis=-1)

@@ -219,7 +219,7 @@ class Bigram:
     def __init__(self, vocab_size: int = VOCAB):
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
-    def hidden(self, params, tokens_BT, positions_BT, mask_BTS):
+    def hidden(self, params, tokens_BT, positions_BT, seen):
         return jax.nn.one_hot(tokens_BT, VOCAB), None
 
     def unembed(self, params, hidden):

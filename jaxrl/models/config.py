@@ -93,6 +93,18 @@ class DecoderConfig:
     logit_divisor: Factor = 1.0
     moe: MoeConfig | None = None
 
+    @property
+    def key_cost(self) -> float:
+        """FLOPs of attending to one key, in a layer, over those of a token's matrix products."""
+        width = self.num_heads * self.head_dim
+        mlp, active = (
+            (self.moe.intermediate_size, self.moe.experts_per_token)
+            if self.moe
+            else (self.intermediate_size, 1)
+        )
+        projections = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return 2 * width / (self.hidden_size * (projections + 3 * mlp * active))
+
 
 def load_config(model_dir: Path, ignore: Collection[str] = ()) -> DecoderConfig:
     """Reads `config.json` (and `generation_config.json`, for the end-of-sequence ids).

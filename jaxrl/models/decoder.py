@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxrl.models.attention import Attend, Backend, Masked, Packed, make_attend
 from jaxrl.models.config import DecoderConfig, MoeConfig
 from jaxrl.models.params import ParamSpec, Path, tree_of
 from jaxrl.models.rope import Rope
 
 Params = Any  # the nested dict of `param_specs`, as jax arrays
 _OSS_ALPHA, _OSS_LIMIT = 1.702, 7.0  # of gpt-oss's gated activation
+
+
+# For what is cheap to compute: the gradient keeps its inputs alone, and none of the float32 values
+# between. Where remat computes the whole layer again this changes nothing.
+computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class KVCache(NamedTuple):
@@ -37,11 +44,12 @@ class KVCache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a layer needs to know of the tokens: who sees whom, and how far positions turn."""
+    """What a layer needs to know of the tokens: how far they turn, and who sees whom."""
 
-    mask_BTS: jax.Array
     cos_BT1F: jax.Array
     sin_BT1F: jax.Array
+    attend: Attend
+    slides: jax.Array | None  # bool; None where all layers are alike
 
 
 class Linear(nnx.Module):
@@ -101,15 +109,8 @@ class Attention(nnx.Module):
             )
             k_BTKH, v_BTKH = cache
         with jax.named_scope("attention"):
-            mixed_BTNH = grouped_attention(
-                q_BTNH,
-                k_BTKH,
-                v_BTKH,
-                context.mask_BTS,
-                scale=c.attention_scale or c.head_dim**-0.5,
-                softcap=c.attention_softcap,
-                sinks_N=None if self.sinks is None else self.sinks[...],
-            )
+            sinks_N = None if self.sinks is None else self.sinks[...]
+            mixed_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, context.slides)
         return self.output(mixed_BTNH), cache
 
 
@@ -120,7 +121,7 @@ class Mlp(nnx.Module):
         self.activation = c.activation
 
     def __call__(self, x_BTD):
-        return self.down(activate(self.gate(x_BTD), self.activation) * self.up(x_BTD))
+        return self.down(gated(self.gate(x_BTD), self.up(x_BTD), self.activation))
 
 
 class Experts(nnx.Module):
@@ -160,7 +161,7 @@ class Experts(nnx.Module):
             gate = jnp.minimum(both[:, ::2], _OSS_LIMIT)
             up = jnp.clip(both[:, 1::2], -_OSS_LIMIT, _OSS_LIMIT)
             return product((up + 1) * gate * jax.nn.sigmoid(_OSS_ALPHA * gate), "down")
-        hidden = activate(product(x_RD, "gate"), self.activation) * product(x_RD, "up")
+        hidden = gated(product(x_RD, "gate"), product(x_RD, "up"), self.activation)
         return product(hidden, "down")
 
 
@@ -190,49 +191,42 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to hidden states. Built on the leaves of `param_specs`, stacked over layers."""
 
-    def __init__(
-        self, params: Params, c: DecoderConfig, dtype: Any, remat: bool, lora_scale: float
-    ):
+    def __init__(self, params: Params, policy: "Policy"):
+        c, dtype = policy.config, policy.compute_dtype
         self.embed = nnx.Param(params["embed"])
-        self.layers = Block(params["layers"], c, dtype, lora_scale)
+        self.layers = Block(params["layers"], c, dtype, policy.lora_scale)
         self.final_norm = Norm(params["final_norm"]["scale"], c)
-        self.config, self.dtype, self.remat = c, dtype, remat
+        self.policy = policy
 
     def __call__(
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        mask_BTS: jax.Array,
+        seen: Packed | Masked,
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
-        slot_positions_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns hidden states [B, T, D] for `unembed`, and the cache with T more slots filled.
 
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 rotary position of each token.
-          mask_BTS: bool, which of the S tokens (or cache slots) each token may attend to, windows
-            not counted.
-          cache: keys and values of earlier tokens; S is then its number of slots.
+          seen: which tokens each token attends to; with a cache, which of its S slots.
+          cache: keys and values of earlier tokens.
           start: first slot that these T tokens fill.
-          slot_positions_BS: int32 position of the token in each slot; None: there is no cache, and
-            the slots are the tokens.
         """
-        c = self.config
-        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype)
+        c, dtype = self.policy.config, self.policy.compute_dtype
+        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(dtype)
         if c.embedding_multiplier != 1.0:  # rounded to the compute dtype, as it is in the engines
-            x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, self.dtype)
-        if slot_positions_BS is None:
-            if cache is not None and c.sliding_window is not None:
-                raise ValueError("a cache and a window need the positions of the slots")
-            slot_positions_BS = positions_BT
-        contexts = contexts_of(c, positions_BT, mask_BTS, slot_positions_BS, self.dtype)
+            x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, dtype)
+        attend = make_attend(c, seen, self.policy.attention, self.policy.mesh)
+        rotations = rotations_of(c, positions_BT, dtype)
 
         def run(x_BTD, block, slides, layer_cache):
-            return block(x_BTD, contexts(slides), layer_cache, start)
+            context = Context(*rotations(slides), attend, slides)
+            return block(x_BTD, context, layer_cache, start)
 
-        run = nnx.remat(run) if self.remat else run
+        run = nnx.remat(run) if self.policy.remat else run
         scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
         slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
         x_BTD, cache = scan(x_BTD, self.layers, slides_L, cache)
@@ -244,18 +238,20 @@ class Policy(NamedTuple):
 
     With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
     of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
-    adapters that `params` may hold beside the leaves they adapt.
+    adapters that `params` may hold beside the leaves they adapt. `attention` is the backend for
+    rows without a cache, and `mesh` what splash runs on.
     """
 
     config: DecoderConfig
     compute_dtype: Any
     remat: bool = True
     lora_scale: float = 0.0
+    attention: Backend = "xla"
+    mesh: Mesh | None = None
 
     def hidden(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
-        decoder = Decoder(params, self.config, self.compute_dtype, self.remat, self.lora_scale)
-        return decoder(*args, **kwargs)
+        return Decoder(params, self)(*args, **kwargs)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
@@ -281,8 +277,8 @@ class Policy(NamedTuple):
         """
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        mask_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-        return self.hidden(params, tokens_BT, positions_BT, mask_BTS)[0]
+        alone = Packed(jnp.ones((B, T), jnp.int32), None, positions_BT)
+        return self.hidden(params, tokens_BT, positions_BT, alone)[0]
 
     def logits(self, params: Params, tokens_BT: jax.Array | np.ndarray) -> jax.Array:
         """Float32 logits [B, T, V] of right-padded rows; see `hidden_of_rows`."""
@@ -316,26 +312,20 @@ def init_params(specs: dict[Path, ParamSpec], key: jax.Array) -> Params:
     )
 
 
-def contexts_of(
-    c: DecoderConfig,
-    positions_BT: jax.Array,
-    mask_BTS: jax.Array,
-    slot_positions_BS: jax.Array,
-    dtype: Any,
-) -> Callable[[jax.Array | None], Context]:
-    """Returns context(slides) for a layer: made once for each kind of layer, picked in the scan."""
-    full = Context(mask_BTS, *angles(c.rope, positions_BT, dtype))
-    if c.sliding_window is None:
-        return lambda _: full
-    distance_BTS = positions_BT[:, :, None] - slot_positions_BS[:, None, :]
-    rope = c.rope if c.sliding_rope is None else c.sliding_rope
-    near_BTS = mask_BTS & (distance_BTS < c.sliding_window)
-    sliding = Context(near_BTS, *angles(rope, positions_BT, dtype))
+def rotations_of(
+    c: DecoderConfig, positions_BT: jax.Array, dtype: Any
+) -> Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]:
+    """Returns rotation(slides): made once for each kind of layer, picked in the scan."""
+    far = angles(c.rope, positions_BT, dtype)
+    if c.sliding_window is None or c.sliding_rope is None:
+        return lambda _: far
+    near = angles(c.sliding_rope, positions_BT, dtype)
 
-    def pick(slides: jax.Array | None) -> Context:
+    def pick(slides: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         if slides is None:  # every layer slides
-            return sliding
-        return jax.tree.map(lambda near, far: jnp.where(slides, near, far), sliding, full)
+            return near
+        cos, sin = (jnp.where(slides, a, b) for a, b in zip(near, far, strict=True))
+        return cos, sin
 
     return pick
 
@@ -358,8 +348,9 @@ def turn(x_BTNH: jax.Array, context: Context) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def activate(x: jax.Array, kind: str) -> jax.Array:
-    return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
+@functools.partial(computed_again, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, kind: str) -> jax.Array:
+    return (jax.nn.silu(gate) if kind == "silu" else jax.nn.gelu(gate, approximate=True)) * up
 
 
 def project(x: jax.Array, w: jax.Array, inputs: int = 1, dtype: Any = None) -> jax.Array:
@@ -374,44 +365,13 @@ def project(x: jax.Array, w: jax.Array, inputs: int = 1, dtype: Any = None) -> j
     return y.reshape(*rows, *outputs)
 
 
+@computed_again
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     # The model rounds before it scales (as its Hugging Face reference does).
     return (normed.astype(x.dtype) * scale.astype(x.dtype)).astype(x.dtype)
-
-
-def grouped_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    scale: float,
-    softcap: float | None = None,
-    sinks_N: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention in float32; N query heads share K key/value heads, N / K to each.
-
-    `sinks_N` is a score for each head that takes its share of the softmax and adds nothing.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKRTS = scale * jnp.einsum(
-        "btkrh,bskh->bkrts", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    if softcap is not None:
-        scores_BKRTS = softcap * jnp.tanh(scores_BKRTS / softcap)
-    # Finite, so that a row that may attend to nothing (padding) gives zeros' mean and not NaN.
-    scores_BKRTS = jnp.where(mask_BTS[:, None, None], scores_BKRTS, -1e30)
-    if sinks_N is not None:
-        sinks_KR = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        sinks = jnp.broadcast_to(sinks_KR, (*scores_BKRTS.shape[:-1], 1))
-        scores_BKRTS = jnp.concatenate([scores_BKRTS, sinks], axis=-1)
-    weights_BKRTS = jax.nn.softmax(scores_BKRTS, axis=-1).astype(v_BSKH.dtype)
-    weights_BKRTS = weights_BKRTS[..., : v_BSKH.shape[1]]
-    return jnp.einsum("bkrts,bskh->btkrh", weights_BKRTS, v_BSKH).reshape(B, T, N, H)
 
 
 def _norm_heads(norm: Norm, x_BTNH: jax.Array, c: DecoderConfig) -> jax.Array:
