@@ -7,7 +7,7 @@ its seed and the weights alone, never on the rows beside it.
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
 from jaxrl.types import Group, Prompt, PublishReport, Rollout, Sampling
+
+FIRST_STAGE = 32  # new tokens
 
 
 def make_score(
@@ -73,29 +75,22 @@ class InProcessEngine:
         """
         if self._params is None:
             raise RuntimeError("nothing was published yet: no weights to sample with")
-        rows = [
-            (prompt, seed + i)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for i in range(sampling.n)
-        ]
-        lengths_B = np.array([len(prompt.tokens) for prompt, _ in rows], np.int32)
-        prompts_BT = np.zeros((len(rows), row_length(int(lengths_B.max()))), np.int32)
-        for row, (prompt, _) in zip(prompts_BT, rows, strict=True):
+        lengths_P = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+        prompts_PT = np.zeros((len(prompts), row_length(int(lengths_P.max()))), np.int32)
+        for row, prompt in zip(prompts_PT, prompts, strict=True):
             row[: len(prompt.tokens)] = prompt.tokens
-        drawn = _sample(
+        seeds_B = np.add.outer(np.asarray(seeds, np.uint32), np.arange(sampling.n, dtype=np.uint32))
+        tokens_BN, logprobs_BN = draw(
             self._policy,
             with_adapters(self._frozen, self._params),
-            prompts_BT,
-            lengths_B,
-            np.array([seed for _, seed in rows], np.uint32),
-            sampling.temperature,
-            sampling.max_new_tokens,
-            sampling.stop_tokens,
+            prompts_PT,
+            lengths_P,
+            seeds_B.reshape(-1),
+            sampling,
         )
-        tokens_BN, logprobs_BN = map(np.asarray, drawn)
         rollouts = [
-            self._rollout(tokens_BN[b], logprobs_BN[b], sampling, seed)
-            for b, (_, seed) in enumerate(rows)
+            self._rollout(tokens_BN[b], logprobs_BN[b], sampling, int(seed))
+            for b, seed in enumerate(seeds_B.reshape(-1))
         ]
         n = sampling.n
         return [
@@ -119,7 +114,7 @@ class InProcessEngine:
         )
 
 
-class _Draw(NamedTuple):
+class _Drawn(NamedTuple):
     """State of the decoding loop, after `step` new tokens of every row."""
 
     step: jax.Array
@@ -130,81 +125,122 @@ class _Draw(NamedTuple):
     cache: KVCache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _sample(
+def draw(
     policy: Policy,
-    params: Any,
-    prompts_BT: jax.Array,
-    lengths_B: jax.Array,
-    seeds_B: jax.Array,
-    temperature: float,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probs, both [B, max_new_tokens]; what follows a stop token is meaningless.
+    params: Params,
+    prompts_PT: np.ndarray,
+    lengths_P: np.ndarray,
+    seeds_B: np.ndarray,
+    sampling: Sampling,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and log-probs, both [B, N] with B = P * sampling.n and N at most its max_new_tokens;
+    what follows a stop token is meaningless.
 
     Prompts are right-padded. The cache has a slot for every padded prompt position, then one for
-    each new token; the mask hides the slots of padding, and positions skip them.
+    each new token; masks hide the slots of padding, and positions skip them. It grows by stages,
+    since every step reads all of it, and ends with the stage in which every row has stopped.
     """
-    B, T = prompts_BT.shape
-    S = T + max_new_tokens
+    n, most = sampling.n, sampling.max_new_tokens
+    state = _prefill(policy, params, prompts_PT, lengths_P, n, most)
+    lengths_B = np.repeat(lengths_P, n)
+    for end in stages(most):
+        state = _decode(
+            policy, params, state, lengths_B, seeds_B, sampling, prompts_PT.shape[1], end
+        )
+        if np.asarray(state.stopped_B).all():
+            break
+    return np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
+
+
+def stages(max_new_tokens: int) -> list[int]:
+    """After how many new tokens the cache grows: each stage is compiled apart, and reads at most
+    half as much again as it has to."""
+    ends, end = [], FIRST_STAGE
+    while end < max_new_tokens:
+        ends.append(end)
+        end = row_length(end * 3 // 2)
+    return [*ends, max_new_tokens]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _prefill(
+    policy: Policy,
+    params: Params,
+    prompts_PT: jax.Array,
+    lengths_P: jax.Array,
+    n: int,
+    max_new_tokens: int,
+) -> _Drawn:
+    """The state before the first new token of each of `n` rows a prompt, computed once for all."""
+    P, T = prompts_PT.shape
+    slots_T = jnp.arange(T)
+    positions_PT = jnp.broadcast_to(slots_T, (P, T))
+    causal_PTS = (slots_T <= slots_T[:, None]) & (slots_T < lengths_P[:, None, None])
+    seen = Masked(causal_PTS, positions_PT[:, :, None] - slots_T)
+    cache = empty_cache(policy.config, P, T, policy.compute_dtype)
+    hidden_PTD, cache = policy.hidden(params, prompts_PT, positions_PT, seen, cache)
+    last_PD = jnp.take_along_axis(hidden_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+    return _Drawn(
+        jnp.zeros((), jnp.int32),
+        jnp.repeat(policy.unembed(params, last_PD), n, axis=0),
+        jnp.zeros((P * n, max_new_tokens), jnp.int32),
+        jnp.zeros((P * n, max_new_tokens), jnp.float32),
+        jnp.zeros((P * n,), bool),
+        KVCache(*(jnp.repeat(x, n, axis=1) for x in cache)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _decode(
+    policy: Policy,
+    params: Params,
+    state: _Drawn,
+    lengths_B: jax.Array,
+    seeds_B: jax.Array,
+    sampling: Sampling,
+    T: int,
+    end: int,
+) -> _Drawn:
+    """Goes on until `end` new tokens, or until every row has stopped."""
+    S = T + end
+    grown = [(0, 0)] * 3 + [(0, S - state.cache.keys.shape[3]), (0, 0)]
+    state = state._replace(cache=KVCache(*(jnp.pad(x, grown) for x in state.cache)))
     keys_B = jax.vmap(jax.random.key)(seeds_B)
     slots_S = jnp.arange(S)
-    prompt_BS = slots_S[None] < lengths_B[:, None]
-    new_BS = lengths_B[:, None] + slots_S[None] - T
-    slot_positions_BS = jnp.where(slots_S[None] < T, slots_S[None], new_BS)
+    prompt_BS = slots_S < lengths_B[:, None]
+    positions_BS = jnp.where(slots_S < T, slots_S, lengths_B[:, None] + slots_S - T)
 
-    def masked(mask_BTS: jax.Array, positions_BT: jax.Array) -> Masked:
-        return Masked(mask_BTS, positions_BT[:, :, None] - slot_positions_BS[:, None])
-
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    causal_BTS = (slots_S[None, None] <= positions_BT[:, :, None]) & prompt_BS[:, None]
-    cache = empty_cache(policy.config, B, S, policy.compute_dtype)
-    hidden_BTD, cache = policy.hidden(
-        params, prompts_BT, positions_BT, masked(causal_BTS, positions_BT), cache
-    )
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    last_BV = policy.unembed(params, last_BD)
-
-    def step(draw: _Draw) -> _Draw:
-        n = draw.step
-        if temperature == 0.0:
-            logprobs_BV = jax.nn.log_softmax(draw.logits_BV)
-            token_B = jnp.argmax(draw.logits_BV, axis=-1)
+    def step(drawn: _Drawn) -> _Drawn:
+        n = drawn.step
+        if sampling.temperature == 0.0:
+            logprobs_BV = jax.nn.log_softmax(drawn.logits_BV)
+            token_B = jnp.argmax(drawn.logits_BV, axis=-1)
         else:
-            logprobs_BV = jax.nn.log_softmax(draw.logits_BV / temperature)
+            logprobs_BV = jax.nn.log_softmax(drawn.logits_BV / sampling.temperature)
             now_B = jax.vmap(lambda key: jax.random.fold_in(key, n))(keys_B)
             token_B = jax.vmap(jax.random.categorical)(now_B, logprobs_BV)
         token_B = token_B.astype(jnp.int32)
         logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
-        stopped_B = draw.stopped_B | jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
-        visible_BS = prompt_BS | ((slots_S >= T) & (slots_S <= T + n))[None]
+        stops = jnp.isin(token_B, jnp.array(sampling.stop_tokens, jnp.int32))
+        position_B = lengths_B + n
+        visible_BS = prompt_BS | ((slots_S >= T) & (slots_S <= T + n))
         logits_B1V, cache = policy.apply(
             params,
             token_B[:, None],
-            (lengths_B + n)[:, None],
-            masked(visible_BS[:, None], (lengths_B + n)[:, None]),
-            draw.cache,
+            position_B[:, None],
+            Masked(visible_BS[:, None], (position_B[:, None] - positions_BS)[:, None]),
+            drawn.cache,
             T + n,
         )
-        return _Draw(
+        return _Drawn(
             n + 1,
             logits_B1V[:, 0],
-            draw.tokens_BN.at[:, n].set(token_B),
-            draw.logprobs_BN.at[:, n].set(logprob_B),
-            stopped_B,
+            drawn.tokens_BN.at[:, n].set(token_B),
+            drawn.logprobs_BN.at[:, n].set(logprob_B),
+            drawn.stopped_B | stops,
             cache,
         )
 
-    start = _Draw(
-        jnp.zeros((), jnp.int32),
-        last_BV,
-        jnp.zeros((B, max_new_tokens), jnp.int32),
-        jnp.zeros((B, max_new_tokens), jnp.float32),
-        jnp.zeros((B,), bool),
-        cache,
+    return jax.lax.while_loop(
+        lambda drawn: (drawn.step < end) & ~drawn.stopped_B.all(), step, state
     )
-    end = jax.lax.while_loop(
-        lambda draw: (draw.step < max_new_tokens) & ~draw.stopped_B.all(), step, start
-    )
-    return end.tokens_BN, end.logprobs_BN

@@ -24,8 +24,8 @@ from jaxrl.types import UserError
 
 Array = jax.Array | np.ndarray
 Backend = Literal["xla", "splash", "cudnn"]
-# (q_BTNH, k_BSKH, v_BSKH, sinks_N or None, slides) -> [B, T, N, H]; `slides` is a scalar bool, or
-# None where all layers are alike.
+# See make_attend: -> [B, T, N, H]. `sinks_N` may be None; `slides` is a scalar bool, or None where
+# all layers are alike.
 Attend = Callable[..., jax.Array]
 
 _CHUNKS = 8  # of queries, at most: each is compiled apart
@@ -113,7 +113,8 @@ def make_attend(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Attend:
-    """Returns attend(q_BTNH, k_BSKH, v_BSKH, sinks_N, slides): made once for all layers.
+    """Returns attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides), made once for all layers; for the
+    slots of a cache attend(q_BTNH, k_BKSH, v_BKSH, sinks_N, slides).
 
     Scores and softmax are float32. A layer that slides attends to positions less than
     `sliding_window` before its own.
@@ -159,8 +160,8 @@ def _cached(c: DecoderConfig, seen: Masked) -> Attend:
         assert seen.distance_BTS is not None
         return seen.mask_BTS & (seen.distance_BTS < window)
 
-    def attend(q_BTNH, k_BSKH, v_BSKH, sinks_N, slides):
-        return _tile(c, q_BTNH, k_BSKH, v_BSKH, sinks_N, _either(c, mask, slides))
+    def attend(q_BTNH, k_BKSH, v_BKSH, sinks_N, slides):
+        return _tile(c, q_BTNH, k_BKSH, v_BKSH, sinks_N, _either(c, mask, slides))
 
     return attend
 
@@ -172,7 +173,9 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
     size = max(_SHORTEST_CHUNK, -(-T // _CHUNKS))
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
-    def attend(q_BTNH, k_BSKH, v_BSKH, sinks_N, slides):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides):
+        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+
         def one(queries: slice) -> jax.Array:
             keys = slice(0, queries.stop)
 
@@ -180,8 +183,8 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
                 masks = functools.partial(seen.mask, queries, keys)
                 return _tile(c, q, k, v, sinks, _either(c, masks, slides))
 
-            run = tile if len(chunks) == 1 else jax.checkpoint(tile)
-            return run(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], sinks_N, seen)
+            run = tile if len(chunks) == 1 else jax.checkpoint(tile, prevent_cse=False)
+            return run(q_BTNH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], sinks_N, seen)
 
         return jnp.concatenate([one(queries) for queries in chunks], axis=1)
 
@@ -191,18 +194,19 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
 def _tile(
     c: DecoderConfig,
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     sinks_N: jax.Array | None,
-    mask_BTS: jax.Array,
+    mask_BTS: Array,
 ) -> jax.Array:
     """N query heads share K key/value heads, N / K to each: these are one matrix product."""
     B, T, N, H = q_BTNH.shape
-    K, R = k_BSKH.shape[2], N // k_BSKH.shape[2]
+    K, R = k_BKSH.shape[1], N // k_BKSH.shape[1]
     q_BKRTH = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4)
-    scores_BKQS = scale_of(c) * jnp.matmul(
+    scores_BKQS = scale_of(c) * jnp.einsum(
+        "bkqh,bksh->bkqs",
         q_BKRTH.reshape(B, K, R * T, H),
-        k_BSKH.transpose(0, 2, 3, 1),
+        k_BKSH,
         preferred_element_type=jnp.float32,
     )
     scores_BKRTS = scores_BKQS.reshape(B, K, R, T, -1)
@@ -219,11 +223,11 @@ def _tile(
     total_BKRT1 = weights_BKRTS.sum(axis=-1, keepdims=True)
     if sinks_KR11 is not None:  # a score for each head that takes its share and adds nothing
         total_BKRT1 = total_BKRT1 + jnp.exp(sinks_KR11 - most_BKRT1)
-    if v_BSKH.dtype == jnp.float32:  # divided behind the product, where there is less of it
+    if v_BKSH.dtype == jnp.float32:  # divided behind the product, where there is less of it
         share, weights = 1.0 / total_BKRT1, weights_BKRTS
     else:
-        share, weights = None, (weights_BKRTS / total_BKRT1).astype(v_BSKH.dtype)
-    mixed_BKQH = jnp.matmul(weights.reshape(B, K, R * T, -1), v_BSKH.transpose(0, 2, 1, 3))
+        share, weights = None, (weights_BKRTS / total_BKRT1).astype(v_BKSH.dtype)
+    mixed_BKQH = jnp.matmul(weights.reshape(B, K, R * T, -1), v_BKSH)
     mixed_BKRTH = mixed_BKQH.reshape(B, K, R, T, H)
     if share is not None:
         mixed_BKRTH = mixed_BKRTH * share
@@ -234,12 +238,12 @@ def _cudnn(c: DecoderConfig, seen: Packed) -> Attend:
     everything = slice(None)
     masks = functools.partial(seen.mask, everything, everything)
 
-    def attend(q_BTNH, k_BSKH, v_BSKH, sinks_N, slides):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides):
         mask_BTS = _either(c, masks, slides)
         return jax.nn.dot_product_attention(
             q_BTNH,
-            k_BSKH,
-            v_BSKH,
+            k_BTKH,
+            v_BTKH,
             mask=mask_BTS[:, None],
             scale=scale_of(c),
             implementation="cudnn",

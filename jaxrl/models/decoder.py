@@ -37,7 +37,7 @@ computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [L, B, S, K, H]."""
+    """Keys and values of every layer, [L, B, K, S, H]: what a head reads lies together."""
 
     keys: jax.Array
     values: jax.Array
@@ -50,6 +50,8 @@ class Context(NamedTuple):
     sin_BT1F: jax.Array
     attend: Attend
     slides: jax.Array | None  # bool; None where all layers are alike
+    layer: jax.Array  # int32
+    start: jax.Array | int  # first slot of a cache that the tokens fill
 
 
 class Linear(nnx.Module):
@@ -94,23 +96,26 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(leaves["sinks"]) if c.attention_sinks else None
         self.config = c
 
-    def __call__(self, x_BTD, context: Context, cache=None, start=0):
-        """Attends from T tokens to S slots; with a cache, writes its T keys from slot `start`."""
+    def __call__(self, x_BTD, context: Context, cache: KVCache | None = None):
+        """Attends from T tokens to T tokens; with a cache, writes theirs and attends to its S."""
         c = self.config
         q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH = _norm_heads(self.query_norm, q_BTNH, c)
             k_BTKH = _norm_heads(self.key_norm, k_BTKH, c)
         q_BTNH, k_BTKH = turn(q_BTNH, context), turn(k_BTKH, context)
+        keys, values = k_BTKH, v_BTKH
         if cache is not None:
             cache = KVCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKH, start, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKH, start, axis=1),
+                *(
+                    _written(old, new, context)
+                    for old, new in zip(cache, (keys, values), strict=True)
+                )
             )
-            k_BTKH, v_BTKH = cache
+            keys, values = (jax.lax.dynamic_index_in_dim(x, context.layer, 0, False) for x in cache)
         with jax.named_scope("attention"):
             sinks_N = None if self.sinks is None else self.sinks[...]
-            mixed_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, context.slides)
+            mixed_BTNH = context.attend(q_BTNH, keys, values, sinks_N, context.slides)
         return self.output(mixed_BTNH), cache
 
 
@@ -176,10 +181,8 @@ class Block(nnx.Module):
             self.mlp = Mlp(leaves["mlp"], c, dtype, lora_scale)
         self.residual = c.residual_multiplier
 
-    def __call__(self, x_BTD, context: Context, cache=None, start=0):
-        mixed_BTD, cache = self.attention(
-            self._norm("attention_norm", x_BTD), context, cache, start
-        )
+    def __call__(self, x_BTD, context: Context, cache: KVCache | None = None):
+        mixed_BTD, cache = self.attention(self._norm("attention_norm", x_BTD), context, cache)
         x_BTD = x_BTD + self.residual * self._norm("attention_post_norm", mixed_BTD)
         y_BTD = self.mlp(self._norm("mlp_norm", x_BTD))
         return x_BTD + self.residual * self._norm("mlp_post_norm", y_BTD), cache
@@ -222,14 +225,16 @@ class Decoder(nnx.Module):
         attend = make_attend(c, seen, self.policy.attention, self.policy.mesh)
         rotations = rotations_of(c, positions_BT, dtype)
 
-        def run(x_BTD, block, slides, layer_cache):
-            context = Context(*rotations(slides), attend, slides)
-            return block(x_BTD, context, layer_cache, start)
+        def run(carry, block, slides, layer):
+            x_BTD, cache = carry
+            return block(x_BTD, Context(*rotations(slides), attend, slides, layer, start), cache)
 
         run = nnx.remat(run) if self.policy.remat else run
-        scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
+        # The cache is carried and not stacked, so that a layer writes into it in place.
+        scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry)
         slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
-        x_BTD, cache = scan(x_BTD, self.layers, slides_L, cache)
+        layers_L = jnp.arange(c.num_layers, dtype=jnp.int32)
+        x_BTD, cache = scan((x_BTD, cache), self.layers, slides_L, layers_L)
         return self.final_norm(x_BTD), cache
 
 
@@ -286,7 +291,7 @@ class Policy(NamedTuple):
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> KVCache:
-    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -372,6 +377,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     # The model rounds before it scales (as its Hugging Face reference does).
     return (normed.astype(x.dtype) * scale.astype(x.dtype)).astype(x.dtype)
+
+
+def _written(cache_LBKSH: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
+    new_1BKTH = new_BTKH.swapaxes(1, 2)[None].astype(cache_LBKSH.dtype)
+    return jax.lax.dynamic_update_slice(
+        cache_LBKSH, new_1BKTH, (context.layer, 0, 0, context.start, 0)
+    )
 
 
 def _norm_heads(norm: Norm, x_BTNH: jax.Array, c: DecoderConfig) -> jax.Array:
