@@ -321,18 +321,14 @@ class Learner:
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
     import jax
-    import jax.numpy as jnp
 
     from bridge.checkpoints import load_params
     from bridge.export import make_exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
-    from jaxrl.models.decoder import Policy, init_params
+    from jaxrl.models.decoder import init_params
     from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.update import init_state, make_optimizer, make_update
 
-    compute = c.model.compute_dtype
-    if compute == "auto":
-        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh, lora = make_mesh(c.mesh), lora_config(c)
     specs, trained = param_specs(decoder), trained_specs(decoder, lora)
     shardings = param_shardings(specs, mesh)
@@ -346,7 +342,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
             lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
         )
         params = start(jax.random.key(c.run.seed))
-    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
+    policy = make_policy(c, decoder, jax.default_backend())
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
     return Learner(
@@ -368,6 +364,19 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
         ),
         make_exporter(trained, c.wire_dtype),
     )
+
+
+def make_policy(c: Config, decoder: DecoderConfig, platform: str) -> Policy:
+    """`platform`: what it will run on; cpu, gpu or tpu."""
+    import jax.numpy as jnp
+
+    from jaxrl.models.decoder import Policy
+
+    compute = c.model.compute_dtype
+    if compute == "auto":
+        compute = "float32" if platform == "cpu" else "bfloat16"
+    lora = lora_config(c)
+    return Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
 
 
 def lora_config(c: Config) -> LoraConfig | None:

@@ -219,6 +219,12 @@ class Bigram:
     def __init__(self, vocab_size: int = VOCAB):
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
+    def _replace(self, keep_rows):
+        return self
+
+    def keep_rows(self, x):
+        return x
+
     def hidden(self, params, tokens_BT, positions_BT, mask_BTS):
         return jax.nn.one_hot(tokens_BT, VOCAB), None
 

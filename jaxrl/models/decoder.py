@@ -191,12 +191,18 @@ class Decoder(nnx.Module):
     """Token ids to hidden states. Built on the leaves of `param_specs`, stacked over layers."""
 
     def __init__(
-        self, params: Params, c: DecoderConfig, dtype: Any, remat: bool, lora_scale: float
+        self,
+        params: Params,
+        c: DecoderConfig,
+        dtype: Any,
+        remat: bool,
+        lora_scale: float,
+        keep_rows: Callable[[jax.Array], jax.Array],
     ):
         self.embed = nnx.Param(params["embed"])
         self.layers = Block(params["layers"], c, dtype, lora_scale)
         self.final_norm = Norm(params["final_norm"]["scale"], c)
-        self.config, self.dtype, self.remat = c, dtype, remat
+        self.config, self.dtype, self.remat, self.keep_rows = c, dtype, remat, keep_rows
 
     def __call__(
         self,
@@ -230,7 +236,7 @@ class Decoder(nnx.Module):
         contexts = contexts_of(c, positions_BT, mask_BTS, slot_positions_BS, self.dtype)
 
         def run(x_BTD, block, slides, layer_cache):
-            return block(x_BTD, contexts(slides), layer_cache, start)
+            return block(self.keep_rows(x_BTD), contexts(slides), layer_cache, start)
 
         run = nnx.remat(run) if self.remat else run
         scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
@@ -244,17 +250,21 @@ class Policy(NamedTuple):
 
     With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
     of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
-    adapters that `params` may hold beside the leaves they adapt.
+    adapters that `params` may hold beside the leaves they adapt. `keep_rows` is applied to the
+    states of every layer: on a mesh it says that rows stay on their devices.
     """
 
     config: DecoderConfig
     compute_dtype: Any
     remat: bool = True
     lora_scale: float = 0.0
+    keep_rows: Callable[[jax.Array], jax.Array] = lambda x: x
 
     def hidden(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
-        decoder = Decoder(params, self.config, self.compute_dtype, self.remat, self.lora_scale)
+        decoder = Decoder(
+            params, self.config, self.compute_dtype, self.remat, self.lora_scale, self.keep_rows
+        )
         return decoder(*args, **kwargs)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
