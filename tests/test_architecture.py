@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [  # a module imports only from rows above its own
+    ["jaxrl.no_tpu"],
     ["jaxrl.types", "bridge.wire"],
     [
         "jaxrl.durable",
@@ -43,6 +44,7 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "vllm", "ray", "tra
 TRAINER = {"torch", "vllm", "ray", "transformers"}
 WORKER = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEVER_REACHES = {  # directly or through others
+    "jaxrl.no_tpu": HEAVY,
     "jaxrl.types": HEAVY,
     "jaxrl.config": HEAVY,
     "jaxrl.settings": HEAVY,
