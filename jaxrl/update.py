@@ -70,10 +70,7 @@ def opt_state_shardings(params: Params, optimizer: optax.GradientTransformation,
 def abstract_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """`init_state` without the arrays: shapes, dtypes and shardings, of `params` that are so too.
-
-    What compiles an update for a mesh that is not here, or for a state that is on the disk.
-    """
+    """`init_state` without arrays: shapes, dtypes and shardings, for `params` that are so too."""
     replicated = NamedSharding(mesh, P())
     opt_state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -156,7 +156,6 @@ def test_vllm_alone_opens_the_peft_directory_and_means_what_peft_does_by_it(fini
     tokens = [5, 9, 100, 3, 3, 64, 1, 200, 17, 40]
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     quiet |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    quiet |= {"VLLM_TARGET_DEVICE": "cpu"}  # though libtpu is installed
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_VLLM, str(model), str(run / "adapter"), json.dumps(tokens)],
         capture_output=True,
