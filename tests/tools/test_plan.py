@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl.models.config import LoraConfig, load_config
 from jaxrl.models.params import param_specs, trained_specs
 from jaxrl.settings import load
+from jaxrl.types import UserError
 from tools.plan.__main__ import main
 from tools.plan.estimate import Pools, model_flops, sizes
 from tools.plan.hlo import Program, axes_of
@@ -255,10 +256,26 @@ def test_a_mistake_is_one_message_with_the_way_out(capsys, arguments, said):
     assert "Traceback" not in err
 
 
-def test_a_mesh_that_is_not_the_slice_is_refused_with_one_that_is(capsys, chips):
-    code, _, err = run(capsys, "--config", SMALL, "--topology=v5e:2x4")
-    assert code == 2
-    assert "= 16 devices" in err and "v5e:2x4 has 8" in err and "--mesh.fsdp=8" in err
+@pytest.mark.parametrize(
+    "topology, mesh, way",
+    [
+        ("v5e:2x4", {}, "--mesh.fsdp=8"),
+        ("v5e:4x4", {"fsdp": 4}, "--mesh.fsdp=16"),
+        ("v5e:4x4", {"fsdp": 1, "tensor": 2}, "--mesh.fsdp=8"),
+        ("v5e:2x2", {"fsdp": 1, "tensor": 8}, "--mesh.fsdp=4, with 1 for the other axes"),
+        ("tpu7x:2x2x1", {}, "--mesh.fsdp=8"),  # four chips, of two devices each
+    ],
+)
+def test_a_mesh_that_is_not_the_slice_is_refused_with_one_that_is(topology, mesh, way):
+    pytest.importorskip("libtpu")
+    c = load(SMALL, [(f"mesh.{axis}", str(size)) for axis, size in mesh.items()])
+    have = math.prod(map(int, topology.partition(":")[2].split("x")))
+    have *= 2 if topology.startswith("tpu7x") else 1
+    need = mesh.get("fsdp", 16) * mesh.get("tensor", 1)
+    with pytest.raises(UserError) as refused:
+        open_target(topology, c)
+    said = str(refused.value)
+    assert f"= {need} devices, and {topology} has {have};" in said and said.endswith(way)
 
 
 def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):

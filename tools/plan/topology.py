@@ -118,8 +118,8 @@ def open_target(name: str, c: Config) -> Target:
 
     if ":" in name:
         target = _slice(name)
-    else:
-        devices = tuple(jax.devices())
+    else:  # as a run does, the first devices that the mesh needs
+        devices = tuple(jax.devices())[: mesh_devices(c)]
         kind = devices[0].device_kind
         chip = next((chip for key, chip in GPUS.items() if key in kind), None)
         target = Target(f"{kind} x {len(devices)}", devices[0].platform, devices, chip, _memory())
@@ -127,17 +127,13 @@ def open_target(name: str, c: Config) -> Target:
     if need != have:
         axes = mesh_axes(c)
         others = need // axes["fsdp"]
-        ways = " ".join(
-            f"--mesh.{axis}={have // others if axis == 'fsdp' else size}"
-            for axis, size in (axes if have % others == 0 else dict.fromkeys(axes, 1)).items()
-            if axis == "fsdp" or size > 1 or have % others
-        )
+        way = f"--mesh.fsdp={have // others}"
         if have % others:
-            ways = f"--mesh.fsdp={have}, and 1 for the other axes"
+            way = f"--mesh.fsdp={have}, with 1 for the other axes"
         raise UserError(
             f"{' * '.join(f'mesh.{axis}' for axis in axes)} = "
             f"{' * '.join(map(str, axes.values()))} = {need} devices, and {target.name} has "
-            f"{have}; for example {ways}"
+            f"{have}; for example {way}"
         )
     return target
 
