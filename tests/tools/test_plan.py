@@ -16,6 +16,7 @@ from jaxrl.models.config import LoraConfig, load_config
 from jaxrl.models.params import param_specs, trained_specs
 from jaxrl.settings import load
 from jaxrl.types import UserError
+from tools.plan import topology
 from tools.plan.__main__ import main
 from tools.plan.estimate import Pools, model_flops, sizes
 from tools.plan.hlo import Program, axes_of
@@ -257,7 +258,7 @@ def test_a_mistake_is_one_message_with_the_way_out(capsys, arguments, said):
 
 
 @pytest.mark.parametrize(
-    "topology, mesh, way",
+    "name, mesh, way",
     [
         ("v5e:2x4", {}, "--mesh.fsdp=8"),
         ("v5e:4x4", {"fsdp": 4}, "--mesh.fsdp=16"),
@@ -266,16 +267,16 @@ def test_a_mistake_is_one_message_with_the_way_out(capsys, arguments, said):
         ("tpu7x:2x2x1", {}, "--mesh.fsdp=8"),  # four chips, of two devices each
     ],
 )
-def test_a_mesh_that_is_not_the_slice_is_refused_with_one_that_is(topology, mesh, way):
+def test_a_mesh_that_is_not_the_slice_is_refused_with_one_that_is(name, mesh, way):
     pytest.importorskip("libtpu")
     c = load(SMALL, [(f"mesh.{axis}", str(size)) for axis, size in mesh.items()])
-    have = math.prod(map(int, topology.partition(":")[2].split("x")))
-    have *= 2 if topology.startswith("tpu7x") else 1
+    have = math.prod(map(int, name.partition(":")[2].split("x")))
+    have *= 2 if name.startswith("tpu7x") else 1
     need = mesh.get("fsdp", 16) * mesh.get("tensor", 1)
     with pytest.raises(UserError) as refused:
-        open_target(topology, c)
+        open_target(name, c)
     said = str(refused.value)
-    assert f"= {need} devices, and {topology} has {have};" in said and said.endswith(way)
+    assert f"= {need} devices, and {name} has {have};" in said and said.endswith(way)
 
 
 def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
@@ -294,6 +295,18 @@ def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
     assert 0 <= state - 3 * published["bytes"] <= 64
     assert plan["memory of a device"]["update"]["argument_bytes"] >= state // 8
     assert "FLOPs" in out and "publish" in out
+
+
+def test_a_run_that_does_not_fit_exits_1_and_says_what_would(capsys, monkeypatch):
+    """With devices of 64 MiB: too little for the demo's batch at once, enough for a part of it."""
+    small = topology.Target("small", "cpu", tuple(jax.devices()), None, 64 << 20)
+    monkeypatch.setattr("tools.plan.__main__.open_target", lambda name, c: small)
+    settings = ["--mesh.fsdp=8", "--rollout.prompts_per_step=512", "--update.logits_mib=16"]
+    code, out, _ = run(capsys, "--config", DEMO, *settings)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    # 40 + 8 tokens need rows of 64, one for each of 8 devices.
+    assert "fits (compiled)" in out and "--update.max_tokens_per_microbatch 512" in out
 
 
 @pytest.fixture(scope="module")

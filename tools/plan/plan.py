@@ -294,20 +294,21 @@ def _advice(setup: Setup, target: Target, options: Any) -> Section:
     """What to change, most harmless first; the first change that is seen to fit ends the search."""
     lines: list[Line] = []
     c = setup.config
-    changes = [] if options.no_advice else _changes(setup)
-    for change in changes:
+    for change in _changes(setup):
         c = revise(c, change)
         keys = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+        if options.no_advice:
+            lines.append(Line("not tried", keys, {"change": change}))
+            continue
         tried = compile_update(prepare(c, setup.decoder, target), target)
-        ok = does_fit(tried, target)
-        found = (
-            gib(tried.peak)
-            if isinstance(tried, Compiled)
-            else f"XLA wants {gib(tried.wanted) if tried.wanted else 'more than there is'}"
-        )
-        name = "fits (compiled)" if ok else "not enough (compiled)"
-        lines.append(Line(name, f"{keys}: {found}", {"change": change, "fits": ok}))
-        if ok:
+        fits = does_fit(tried, target)
+        if isinstance(tried, Compiled):
+            found = gib(tried.peak)
+        else:
+            found = f"XLA wants {gib(tried.wanted) if tried.wanted else 'more than there is'}"
+        name = "fits (compiled)" if fits else "not enough (compiled)"
+        lines.append(Line(name, f"{keys}: {found}", {"change": change, "fits": fits}))
+        if fits:
             return Section("what to change", lines)
     directions = [
         *[f"more chips, {name}, and mesh.fsdp with them" for name in larger(target.name)][:1],

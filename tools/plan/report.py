@@ -30,9 +30,15 @@ def table(sections: Sequence[Section]) -> str:
 
 
 def record(sections: Sequence[Section]) -> dict[str, Any]:
+    """By section and line; lines of one name, such as changes that were tried, are a list."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        lines = found.setdefault(section.title, {})
+        for line in section.lines:
+            lines.setdefault(line.name, []).append({"text": line.text, **line.values})
     return {
-        section.title: {line.name: {"text": line.text, **line.values} for line in section.lines}
-        for section in sections
+        title: {name: same[0] if len(same) == 1 else same for name, same in lines.items()}
+        for title, lines in found.items()
     }
 
 
