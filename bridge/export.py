@@ -21,11 +21,7 @@ def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
     rows of one host buffer. The result shares no memory with `params`, which the next update may
     consume.
     """
-    tensors = hf_tensors(specs)
-
-    @jax.jit
-    def to_wire(leaves: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        return {path: to_hf(spec, leaves[path]).astype(dtype) for path, spec in specs.items()}
+    tensors, to_wire = hf_tensors(specs), make_to_wire(specs, dtype)
 
     def export(params: Any) -> list[HostTensor]:
         leaves = {path: leaf_at(params, path) for path in specs}
@@ -39,3 +35,12 @@ def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
         return exported
 
     return export
+
+
+def make_to_wire(specs: dict[Path, ParamSpec], dtype: str) -> Any:
+    """The device's part of an export, jitted: leaves by path -> the same in Hugging Face layout."""
+
+    def to_wire(leaves: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+        return {path: to_hf(spec, leaves[path]).astype(dtype) for path, spec in specs.items()}
+
+    return jax.jit(to_wire)

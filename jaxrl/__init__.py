@@ -1,4 +1,8 @@
 """The trainer: a Flax policy, trained with Optax on a JAX device mesh.
 
-Nothing is imported here: reading a configuration must not start jax.
+Nothing heavy is imported here: reading a configuration must not start jax.
 """
+
+from jaxrl.no_tpu import expect_no_tpu
+
+expect_no_tpu()

@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says how arrays lie on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,18 +28,21 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(c: MeshSection) -> Mesh:
-    """Over the first devices. Raises UserError if the mesh asks for more than jax sees."""
-    need, have = c.data * c.fsdp * c.tensor, jax.device_count()
+def make_mesh(c: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
+    """Over the first of `devices`, which are those that jax sees where none are given.
+
+    Raises UserError if the mesh asks for more than jax sees.
+    """
+    devices = jax.devices() if devices is None else devices
+    need, have = c.data * c.fsdp * c.tensor, len(devices)
     if need > have:
         raise UserError(
             f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
             f"devices, and jax sees {have} ({jax.default_backend()})"
         )
-    devices = jax.devices()[:need]
     axes = ("data", "fsdp", "tensor")
     types = (AxisType.Auto,) * 3
-    return jax.make_mesh((c.data, c.fsdp, c.tensor), axes, axis_types=types, devices=devices)
+    return jax.make_mesh((c.data, c.fsdp, c.tensor), axes, axis_types=types, devices=devices[:need])
 
 
 def partition(axes: tuple[str, ...]) -> P:
@@ -88,3 +92,11 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`x`, whose first axis is rows, held to lie as batches do; without a mesh, or where rows are
+    not a multiple of their shards, as XLA likes."""
+    if mesh is None or x.shape[0] % row_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh, x.ndim))

@@ -85,7 +85,7 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is None:
         raise ConfigError(f"--config FILE is required\nusage: {USAGE}")
-    config = load(Path(known.config), list(_overrides(rest)))
+    config = load(Path(known.config), list(overrides(rest)))
     flags = ("--resume", "--dry-run")
     given = tuple(argument for argument in arguments if argument not in flags)
     return Command(config, known.resume, known.dry_run, given)
@@ -115,6 +115,15 @@ def load(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         problems += dict.fromkeys(_explain(item) for item in error.errors())
         problems += _contradictions_of_the_rest(tree, [item["loc"] for item in error.errors()])
     raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def revise(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with other values under some dotted keys, checked like one that is read."""
+    tree = config.model_dump()
+    for key, value in changes.items():
+        section, leaf = key.split(".")
+        tree[section][leaf] = value
+    return Config.model_validate(tree)
 
 
 def to_yaml(config: Config) -> str:
@@ -192,7 +201,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """`--a.b v`, `--a.b=v` and `a.b=v`, as (key, text) pairs."""
     remaining = iter(arguments)
     for argument in remaining:

@@ -27,6 +27,7 @@ from jaxrl.settings import Command, describe, parse_command_line, to_yaml
 from jaxrl.types import Group, Prompt, RunError, Sampling, UserError
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
+    from jax.sharding import Mesh
     from tokenizers import Tokenizer
 
     from bridge.export import Exporter
@@ -323,19 +324,14 @@ class Learner:
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
     import jax
-    import jax.numpy as jnp
 
     from bridge.checkpoints import load_params
     from bridge.export import make_exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
-    from jaxrl.models.attention import backend_for
-    from jaxrl.models.decoder import Policy, init_params
+    from jaxrl.models.decoder import init_params
     from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.update import init_state, make_optimizer, make_update
 
-    compute = c.model.compute_dtype
-    if compute == "auto":
-        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     mesh, lora = make_mesh(c.mesh), lora_config(c)
     specs, trained = param_specs(decoder), trained_specs(decoder, lora)
     shardings = param_shardings(specs, mesh)
@@ -349,13 +345,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
             lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
         )
         params = start(jax.random.key(c.run.seed))
-    attention, instead = backend_for(
-        c.model.attention, mesh.devices.flat[0].platform, decoder, compute
-    )
-    if instead:
-        print(instead)
-    scale = lora.scale if lora else 0.0
-    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, scale, attention, mesh)
+    policy = make_policy(c, decoder, mesh)
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
     return Learner(
@@ -377,6 +367,24 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
         ),
         make_exporter(trained, c.wire_dtype),
     )
+
+
+def make_policy(c: Config, decoder: DecoderConfig, mesh: Mesh) -> Policy:
+    """What `auto` means in model.* is decided by the mesh's devices. Says so where attention cannot
+    be what they are best at."""
+    import jax.numpy as jnp
+
+    from jaxrl.models.attention import backend_for
+    from jaxrl.models.decoder import Policy
+
+    platform, compute, lora = mesh.devices.flat[0].platform, c.model.compute_dtype, lora_config(c)
+    if compute == "auto":
+        compute = "float32" if platform == "cpu" else "bfloat16"
+    attention, instead = backend_for(c.model.attention, platform, decoder, compute)
+    if instead:
+        print(instead, file=sys.stderr)
+    lora_scale = lora.scale if lora else 0.0
+    return Policy(decoder, jnp.dtype(compute), c.model.remat, lora_scale, attention, mesh)
 
 
 def lora_config(c: Config) -> LoraConfig | None:

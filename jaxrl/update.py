@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
 from jaxrl.losses import grpo_loss, token_logprobs
-from jaxrl.mesh import batch_sharding, row_shards
+from jaxrl.mesh import batch_sharding, keep_rows, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
@@ -72,6 +72,20 @@ def opt_state_shardings(params: Params, optimizer: optax.GradientTransformation,
     )
 
 
+def abstract_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """`init_state` without arrays: shapes, dtypes and shardings, for `params` that are so too."""
+    replicated = NamedSharding(mesh, P())
+    opt_state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(optimizer.init, params),
+        opt_state_shardings(params, optimizer, mesh),
+    )
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(params, opt_state, count, count)
+
+
 def make_update(
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -82,10 +96,36 @@ def make_update(
     state: TrainState,
     frozen: Params | None = None,
 ) -> Update:
-    """Returns update(state, batch) -> (state, metrics). The state passed in is consumed, and the
-    one that comes out lies as `state` does: that of step 100 as that of step 0.
+    """Returns update(state, batch) -> (state, metrics): `make_step`, with the batch put on the mesh
+    and its shapes counted. The state passed in is consumed. With `frozen` weights the state's
+    parameters are adapters, and only they change.
+    """
+    step = make_step(policy, optimizer, algorithm, c, temperature, mesh, state)
+    shapes = set()
 
-    With `frozen` weights the state's parameters are adapters, and only they change.
+    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
+        batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
+        state, metrics = step(state, batch, {} if frozen is None else frozen)
+        return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
+
+    return update
+
+
+def make_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    algorithm: AlgorithmSection,
+    c: UpdateSection,
+    temperature: float,
+    mesh: Mesh,
+    state: TrainState,
+) -> Any:
+    """Returns the jitted step(state, batch, frozen) -> (state, metrics), which consumes its state;
+    `.lower` compiles it ahead of time. The state that comes out lies as `state` does, that of step
+    100 as that of step 0; of `state` only shapes and shardings are read (see `abstract_state`).
+
+    `frozen` holds the weights beside adapters, or is {}.
 
     One update a batch: the proximal policy is the current one, so the ratio is 1 and what differs
     from the engine is left to the importance weight (algorithm.correction).
@@ -135,16 +175,7 @@ def make_update(
         return state, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
-    shapes = set()
-
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
-        batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
-        state, metrics = compiled(state, batch, {} if frozen is None else frozen)
-        return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
-
-    return update
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
 
 
 def make_gradient(
@@ -216,7 +247,7 @@ def score_sampled(
     hidden_BCD = jnp.take_along_axis(hidden_BTD, batch.predictor_BC[..., None], axis=1)
     # Each device's rows as one, so that a chunk is as large as it may be however short rows are.
     scores = token_logprobs(
-        hidden_BCD.reshape(shards, -1, hidden_BCD.shape[-1]),
+        keep_rows(hidden_BCD.reshape(shards, -1, hidden_BCD.shape[-1]), policy.mesh),
         functools.partial(policy.unembed, params),
         batch.targets_BC.reshape(shards, -1),
         temperature,

@@ -219,6 +219,8 @@ class Bigram:
     def __init__(self, vocab_size: int = VOCAB):
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
+    mesh = None
+
     def hidden(self, params, tokens_BT, positions_BT, seen):
         return jax.nn.one_hot(tokens_BT, VOCAB), None
 

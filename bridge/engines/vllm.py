@@ -68,6 +68,8 @@ def actor_environment(cpu: bool) -> dict[str, str]:
     }
     if cpu:
         environment |= {
+            # Or vLLM takes a machine with libtpu installed (the extra plan) for one with a TPU too.
+            "VLLM_TARGET_DEVICE": "cpu",
             # One process fewer: on CPU vLLM would otherwise put even a single worker into its own.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # Asking for log-probabilities compiles C++ in every new process, for nothing gained.

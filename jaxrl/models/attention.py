@@ -31,6 +31,7 @@ Attend = Callable[..., jax.Array]
 _CHUNKS = 8  # of queries, at most: each is compiled apart
 _SHORTEST_CHUNK = 64  # queries
 _SPLASH_BLOCK = 512  # queries, and keys, of a tile
+_FUSED_SLOTS = 4096  # of the longest row whose backward pass is one kernel
 _LANES = 128  # of a TPU's vector registers: what splash tiles are multiples of
 
 
@@ -260,11 +261,13 @@ def _splash(c: DecoderConfig, seen: Packed, mesh: Mesh | None, interpret: bool) 
     T = seen.group_BT.shape[1]
     slots = -(-T // _LANES) * _LANES
     block = math.gcd(slots, _SPLASH_BLOCK)
-    kinds = ("q", "kv", "kv_compute", "q_dq", "kv_dq", "q_dkv", "kv_dkv", "kv_dkv_compute")
+    # One backward kernel computes the scores once and not twice, and keeps dq of each tile of keys.
+    fused = slots <= _FUSED_SLOTS
+    kinds = ("q", "kv", "q_dkv", "kv_dkv", *(() if fused else ("q_dq", "kv_dq")))
     sizes: dict[str, Any] = {f"block_{kind}": block for kind in kinds}
     build = functools.partial(
         splash.make_splash_mha,
-        block_sizes=splash.BlockSizes(**sizes),
+        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=fused),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=c.attention_softcap,
@@ -330,5 +333,6 @@ def _splash(c: DecoderConfig, seen: Packed, mesh: Mesh | None, interpret: bool) 
 def _known_dynamic(kernel: Any) -> Any:
     """jax 0.10's constructor makes, under jit, a traced array of the flag it later branches on."""
     for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
-        setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
+        info = getattr(kernel, name)
+        setattr(kernel, name, info and info._replace(is_dynamic_mask=True))
     return kernel

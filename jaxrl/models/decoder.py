@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxrl.mesh import keep_rows
 from jaxrl.models.attention import Attend, Backend, Masked, Packed, make_attend
 from jaxrl.models.config import DecoderConfig, MoeConfig
 from jaxrl.models.params import ParamSpec, Path, tree_of
@@ -219,7 +220,10 @@ class Decoder(nnx.Module):
           start: first slot that these T tokens fill.
         """
         c, dtype = self.policy.config, self.policy.compute_dtype
-        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(dtype)
+        # Else XLA may split hidden states as it finds the weights split, by their embed axis, and
+        # then every device computes every row's attention.
+        rows = functools.partial(keep_rows, mesh=self.policy.mesh)
+        x_BTD = rows(jnp.take(self.embed[...], tokens_BT, axis=0).astype(dtype))
         if c.embedding_multiplier != 1.0:  # rounded to the compute dtype, as it is in the engines
             x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, dtype)
         attend = make_attend(c, seen, self.policy.attention, self.policy.mesh)
@@ -227,7 +231,9 @@ class Decoder(nnx.Module):
 
         def run(carry, block, slides, layer):
             x_BTD, cache = carry
-            return block(x_BTD, Context(*rotations(slides), attend, slides, layer, start), cache)
+            context = Context(*rotations(slides), attend, slides, layer, start)
+            y_BTD, cache = block(rows(x_BTD), context, cache)
+            return rows(y_BTD), cache
 
         run = nnx.remat(run) if self.policy.remat else run
         # The cache is carried and not stacked, so that a layer writes into it in place.
@@ -244,7 +250,7 @@ class Policy(NamedTuple):
     With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
     of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
     adapters that `params` may hold beside the leaves they adapt. `attention` is the backend for
-    rows without a cache, and `mesh` what splash runs on.
+    rows without a cache, and `mesh` what rows and heads lie on.
     """
 
     config: DecoderConfig
