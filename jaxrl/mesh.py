@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,6 +36,12 @@ def make_mesh(c: MeshSection) -> Mesh:
         raise UserError(
             f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
             f"devices, and jax sees {have} ({jax.default_backend()})"
+        )
+    if need < have and jax.process_count() > 1:
+        raise UserError(
+            f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
+            f"devices, and the {jax.process_count()} processes have {have}; the mesh must use all "
+            "of them"
         )
     devices = jax.devices()[:need]
     axes = ("data", "fsdp", "tensor")
@@ -83,6 +91,27 @@ def _divides(mesh: Mesh, axis: str, size: int) -> bool:
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Of an array whose first axis is rows, of any rank."""
     return NamedSharding(mesh, partition(("rows", *["tokens"] * (rank - 1))))
+
+
+def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """An array on the mesh from those of its rows that lie on the devices of this process."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
+
+
+def rows_of_process(mesh: Mesh, rows: int, process: int) -> np.ndarray:
+    """Which rows of a batch lie on the devices of a process, ascending: int [b]."""
+    held = batch_sharding(mesh, 1).devices_indices_map((rows,))
+    ours = [
+        np.arange(rows)[index] for device, index in held.items() if device.process_index == process
+    ]
+    return np.unique(np.concatenate(ours))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The values of an array, in every process; all of them call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def row_shards(mesh: Mesh) -> int:

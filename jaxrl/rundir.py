@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "run.steps",
     "update.*",
     "mesh.*",
+    "hosts.*",
     "vllm.*",
     "publish.*",
     "eval.*",

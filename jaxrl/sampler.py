@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.losses import token_logprobs
+from jaxrl.mesh import to_host
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
@@ -26,7 +27,7 @@ def make_score(
     """Returns score(params, tokens) -> log-prob of each token given those before it.
 
     Float32 [t], nats, at temperature 1; the first is 0. With `frozen` weights `params` are the
-    adapters beside them.
+    adapters beside them. Of several processes all call it.
     """
 
     @jax.jit
@@ -40,13 +41,16 @@ def make_score(
     def score(params: Params, tokens: Sequence[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, row_length(len(tokens))), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        return np.asarray(logprobs(params, frozen or {}, tokens_1T))[0, : len(tokens)]
+        return to_host(logprobs(params, frozen or {}, tokens_1T))[0, : len(tokens)]
 
     return score
 
 
 class InProcessEngine:
-    """Samples with the newest published weights, on the trainer's own devices."""
+    """Samples with the newest published weights, on the trainer's own devices.
+
+    Of several processes all do so at the same time, and all get the same groups.
+    """
 
     def __init__(self, policy: Policy, frozen: Params | None = None) -> None:
         """With `frozen` weights what is published are adapters."""
@@ -91,7 +95,7 @@ class InProcessEngine:
             sampling.max_new_tokens,
             sampling.stop_tokens,
         )
-        tokens_BN, logprobs_BN = map(np.asarray, drawn)
+        tokens_BN, logprobs_BN = map(to_host, drawn)
         rollouts = [
             self._rollout(tokens_BN[b], logprobs_BN[b], sampling, seed)
             for b, (_, seed) in enumerate(rows)
