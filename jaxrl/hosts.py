@@ -31,6 +31,7 @@ from jaxrl.types import RunError, UserError
 _RETRY_S = 0.2
 _CLEANUP_S = 30.0
 _LET_GO_S = 5.0
+_RESUME = "\nto go on from the newest checkpoint, start all processes with --resume"
 _MOST_BYTES = 1 << 26  # of the JSON of one message; more is no message of ours
 T = TypeVar("T")
 _HEAD = struct.Struct("!I")
@@ -76,7 +77,7 @@ class Line:
         with self._sending:
             self._connection.sendall(_HEAD.pack(len(head)) + head)
             for array in arrays:
-                self._connection.sendall(memoryview(np.ascontiguousarray(array)).cast("B"))
+                self._connection.sendall(np.ascontiguousarray(array).data.cast("B"))
 
     def receive(self) -> Message:
         """The next message. Raises OSError if there will be none, or what came is none."""
@@ -89,7 +90,7 @@ class Line:
         except (ValueError, TypeError) as error:
             raise ConnectionError(f"what came is not a message: {error}") from None
         for array in arrays:
-            self._fill(memoryview(array).cast("B"))
+            self._fill(array.data.cast("B"))
         return Message(name, args, arrays)
 
     def close(self) -> None:
@@ -210,7 +211,7 @@ class Hosts:
             try:
                 message = line.receive()
             except OSError as error:
-                return self._lose(f"{name} is gone ({error})")
+                return self._lose(f"{name} is gone ({error}){_RESUME}")
             if message.name == "failed":
                 return self._lose(f"{name} ended: {message.args[0]}")
             if message.name == "interrupt":

@@ -230,6 +230,7 @@ def train(command: Command, hosts: Hosts) -> int:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
         interrupt = cleanup.enter_context(Interrupt().listening())
         hosts.on_interrupt = interrupt.asked_elsewhere
+        hosts.announce("run_dir", run_dir.holder)
         # Engines take seconds to start, and Ray forks: both want to be ahead of jax.
         fleet = None
         if c.rollout.engine == "vllm":
@@ -310,6 +311,7 @@ def train(command: Command, hosts: Hosts) -> int:
 def follow(c: Config, hosts: Hosts) -> int:
     """The part of every process but the first: what that one announces, with the shards here."""
     from jaxrl import checkpoint
+    from jaxrl.rundir import check_shared
     from jaxrl.sampler import InProcessEngine
 
     model_dir, decoder = open_model(c)
@@ -319,13 +321,16 @@ def follow(c: Config, hosts: Hosts) -> int:
     with Interrupt(hosts.interrupt).listening():
         for order in hosts.orders():
             match order.name, order.args:
+                case "run_dir", [holder]:
+                    check_shared(c.run_dir, holder)
                 case "update", _:
                     state, _ = learner.update(state, TrainBatch(*order.arrays))
                 case "publish", [version]:
                     engine.publish(state.params, version)
-                case "generate", [prompts, sampling, seeds]:
+                case "generate", [prompts, [n, most, temperature, stops], seeds]:
+                    sampling = Sampling(n, most, temperature, tuple(stops))
                     texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
-                    engine.generate(texts, Sampling(*sampling[:3], tuple(sampling[3])), seeds)
+                    engine.generate(texts, sampling, seeds)
                 case "export", _:
                     learner.export(state.params)
                 case "export_frozen", _:
