@@ -8,7 +8,7 @@ import numpy as np
 
 from bridge.names import hf_tensors, to_hf
 from bridge.wire import HostTensor
-from jaxrl.mesh import to_host
+from jaxrl.mesh import replicated
 from jaxrl.models.params import ParamSpec, Path, leaf_at
 
 Exporter = Callable[[Any], list[HostTensor]]
@@ -36,9 +36,9 @@ def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
             return jax.device_get(to_wire(leaves))
         arrays = {}
         for path, leaf in leaves.items():  # one at a time: every device gets the whole of it
-            whole = to_host(to_wire({path: leaf})[path])
+            whole = replicated(to_wire({path: leaf})[path])
             if jax.process_index() == 0:
-                arrays[path] = whole
+                arrays[path] = np.asarray(whole)
         return arrays
 
     def export(params: Any) -> list[HostTensor]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.losses import token_logprobs
-from jaxrl.mesh import to_host
+from jaxrl.mesh import replicated
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
@@ -41,7 +41,8 @@ def make_score(
     def score(params: Params, tokens: Sequence[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, row_length(len(tokens))), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        return to_host(logprobs(params, frozen or {}, tokens_1T))[0, : len(tokens)]
+        scored = replicated(logprobs(params, frozen or {}, tokens_1T))
+        return np.asarray(scored)[0, : len(tokens)]
 
     return score
 
@@ -74,6 +75,12 @@ class InProcessEngine:
 
         Sample i of a prompt is drawn with seed `seeds[p] + i`.
         """
+        return self.begin(prompts, sampling, seeds)()
+
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> Callable[[], list[Group]]:
+        """As `generate`, whose result comes when what is returned is called; the device starts."""
         if self._params is None:
             raise RuntimeError("nothing was published yet: no weights to sample with")
         rows = [
@@ -95,31 +102,39 @@ class InProcessEngine:
             sampling.max_new_tokens,
             sampling.stop_tokens,
         )
-        tokens_BN, logprobs_BN = map(to_host, drawn)
-        rollouts = [
-            self._rollout(tokens_BN[b], logprobs_BN[b], sampling, seed)
-            for b, (_, seed) in enumerate(rows)
-        ]
-        n = sampling.n
-        return [
-            Group(prompt, tuple(rollouts[p * n : (p + 1) * n])) for p, prompt in enumerate(prompts)
-        ]
+        drawn = [replicated(x) for x in drawn]
+        version = self._version
+
+        def wait() -> list[Group]:
+            tokens_BN, logprobs_BN = map(np.asarray, drawn)
+            rollouts = [
+                _rollout(tokens_BN[b], logprobs_BN[b], sampling, seed, version)
+                for b, (_, seed) in enumerate(rows)
+            ]
+            n = sampling.n
+            return [
+                Group(prompt, tuple(rollouts[p * n : (p + 1) * n]))
+                for p, prompt in enumerate(prompts)
+            ]
+
+        return wait
 
     def close(self) -> None:
         self._params = None
 
-    def _rollout(
-        self, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling, seed: int
-    ) -> Rollout:
-        stops = np.flatnonzero(np.isin(tokens, sampling.stop_tokens))
-        length = int(stops[0]) + 1 if len(stops) else len(tokens)
-        return Rollout(
-            tokens[:length],
-            logprobs[:length],
-            np.full(length, self._version, np.int64),
-            "stop" if len(stops) else "length",
-            seed,
-        )
+
+def _rollout(
+    tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling, seed: int, version: int
+) -> Rollout:
+    stops = np.flatnonzero(np.isin(tokens, sampling.stop_tokens))
+    length = int(stops[0]) + 1 if len(stops) else len(tokens)
+    return Rollout(
+        tokens[:length],
+        logprobs[:length],
+        np.full(length, version, np.int64),
+        "stop" if len(stops) else "length",
+        seed,
+    )
 
 
 class _Draw(NamedTuple):

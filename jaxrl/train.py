@@ -103,14 +103,21 @@ class Parts:
     publish: Publish
     next_version: Callable[[], int]
     update: Update
-    save: Callable[[int, TrainState, int], None]  # (step, state, version)
+    save: Callable[[int, TrainState, int, int], None]  # (step, state, version, cursor)
     log: RunLog
     stop_tokens: tuple[int, ...]
 
 
 def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
     """GRPO with one update a batch (arXiv:2402.03300, algorithm 1): rollouts, rewards, advantages,
-    update, publish; then the next step samples with the new weights."""
+    update, publish; then the next step samples with the new weights.
+
+    Neither device nor engines wait for the host where they need not: the prompts of the next step
+    are made while the update runs, and a step is reported and saved while the engines sample the
+    next one.
+    """
+    import jax
+
     from jaxrl.advantages import group_advantages
     from jaxrl.collect import lag, seeds_for
     from jaxrl.packing import pack
@@ -119,15 +126,19 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     sampling = Sampling(
         c.rollout.group_size, c.rollout.max_new_tokens, c.rollout.temperature, parts.stop_tokens
     )
+
+    def begin(prompts: list[Prompt]) -> Callable[[], list[Group]]:
+        return parts.engines.begin(prompts, sampling, seeds_for(c.run.seed, prompts))
+
     version = parts.next_version()
     parts.publish(state.params, version)
     if first_step == 0:
         parts.log.step(0, {"eval/accuracy": evaluate(parts), "weights/version": version})
+    prompts = parts.stream.take(c.rollout.prompts_per_step)
+    clock, rollouts = Clock(), begin(prompts)
 
     for step in range(first_step + 1, c.run.steps + 1):
-        clock = Clock()
-        prompts = parts.stream.take(c.rollout.prompts_per_step)
-        groups = parts.engines.generate(prompts, sampling, seeds_for(c.run.seed, prompts))
+        groups = rollouts()
         clock.lap("rollout")
         lag_max = lag(groups, version)
         if lag_max > MAX_LAG:
@@ -137,30 +148,39 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             )
         texts_PG, rewards_PG = judge(parts, groups)
         clock.lap("reward")
-        advantages_PG, weights_PG = map(
-            np.asarray,
-            group_advantages(
-                rewards_PG,
-                normalize_std=c.algorithm.normalize_std,
-                mask_equal_rewards=c.algorithm.mask_equal_rewards,
-            ),
+        advantages_PG, weights_PG = group_advantages(
+            rewards_PG,
+            normalize_std=c.algorithm.normalize_std,
+            mask_equal_rewards=c.algorithm.mask_equal_rewards,
         )
-        shards = c.mesh.data * c.mesh.fsdp
-        batch = pack(groups, advantages_PG, weights_PG, c.update, shards)
+        batch = pack(groups, advantages_PG, weights_PG, c.update, c.mesh.data * c.mesh.fsdp)
         state, update_metrics = parts.update(state, batch)
-        metrics = {name: float(value) for name, value in update_metrics.items()}
-        clock.lap("update")
-        refuse_to_go_on_skipping(c, state, step)
 
+        # The device computes. A checkpoint of this step has the cursor of this step.
+        cursor, skipped_too_long = parts.stream.cursor, parts.stream.skipped_too_long
+        if step < c.run.steps:
+            prompts = parts.stream.take(c.rollout.prompts_per_step)
         version = parts.next_version()
+        jax.block_until_ready(state.params)
+        clock.lap("update")
+
         report = parts.publish(state.params, version)
         clock.lap("publish")
+        metrics: dict[str, Any] = {}
         if step == c.run.steps or (c.eval.every_steps and step % c.eval.every_steps == 0):
             metrics["eval/accuracy"] = evaluate(parts)
             clock.lap("eval")
+        ends = step == c.run.steps or interrupted.signal is not None
+        metrics |= clock.metrics()
+        rollout_s, update_s = clock.seconds["rollout"], clock.seconds["update"]
+        if not ends:
+            clock, rollouts = Clock(), begin(prompts)
 
+        # The engines sample.
+        refuse_to_go_on_skipping(c, state, step)
+        metrics |= {name: float(value) for name, value in update_metrics.items()}
         metrics |= describe_rewards(rewards_PG, weights_PG)
-        metrics |= describe_rollouts(groups, clock.seconds["rollout"], clock.seconds["update"])
+        metrics |= describe_rollouts(groups, rollout_s, update_s)
         metrics |= describe_packing(groups, batch)
         metrics |= {
             "lag/max": lag_max,
@@ -168,16 +188,15 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "publish/bytes": report.bytes,
             "publish/engines": report.engines,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
-            "data/cursor": parts.stream.cursor,
-            "data/skipped_too_long": parts.stream.skipped_too_long,
+            "data/cursor": cursor,
+            "data/skipped_too_long": skipped_too_long,
         }
         # Before the checkpoint: a step that a resumed run will not repeat has been reported.
-        parts.log.step(step, metrics | clock.metrics())
+        parts.log.step(step, metrics)
         n = c.log.samples_per_step
         parts.log.samples(step, groups[:n], rewards_PG[:n], texts_PG[:n])
-        ends = step == c.run.steps or interrupted.signal is not None
         if ends or step % c.checkpoint.every_steps == 0:
-            parts.save(step, state, version)
+            parts.save(step, state, version, cursor)
         if ends:
             break
     return state
@@ -199,7 +218,7 @@ def evaluate(parts: Parts) -> float:
     if not parts.held_out:
         return float("nan")
     sampling = Sampling(1, parts.config.rollout.max_new_tokens, 0.0, parts.stop_tokens)
-    groups = parts.engines.generate(parts.held_out, sampling, [0] * len(parts.held_out))
+    groups = parts.engines.begin(parts.held_out, sampling, [0] * len(parts.held_out))()
     _, rewards_P1 = judge(parts, groups)
     return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
 
@@ -265,9 +284,9 @@ def train(command: Command, hosts: Hosts) -> int:
             )
         )
 
-        def save(step: int, state: TrainState, version: int) -> None:
+        def save(step: int, state: TrainState, version: int, cursor: int) -> None:
             host = {
-                "cursor": stream.cursor,
+                "cursor": cursor,
                 "version": version,
                 "data_fingerprint": data_fingerprint,
                 "frozen_fingerprint": learner.frozen_fingerprint,
@@ -327,10 +346,10 @@ def follow(c: Config, hosts: Hosts) -> int:
                     state, _ = learner.update(state, TrainBatch(*order.arrays))
                 case "publish", [version]:
                     engine.publish(state.params, version)
-                case "generate", [prompts, [n, most, temperature, stops], seeds]:
+                case "begin", [prompts, [n, most, temperature, stops], seeds]:
                     sampling = Sampling(n, most, temperature, tuple(stops))
                     texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
-                    engine.generate(texts, sampling, seeds)
+                    engine.begin(texts, sampling, seeds)
                 case "export", _:
                     learner.export(state.params)
                 case "export_frozen", _:
@@ -420,12 +439,12 @@ class LedEngine:
     hosts: Hosts
     engine: InProcessEngine
 
-    def generate(
+    def begin(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Group]:
+    ) -> Callable[[], list[Group]]:
         tokens = [prompt.tokens for prompt in prompts]
-        self.hosts.announce("generate", tokens, dataclasses.astuple(sampling), list(seeds))
-        return self.engine.generate(prompts, sampling, seeds)
+        self.hosts.announce("begin", tokens, dataclasses.astuple(sampling), list(seeds))
+        return self.engine.begin(prompts, sampling, seeds)
 
     def close(self) -> None:
         self.engine.close()

@@ -193,7 +193,6 @@ BAD_INPUT = {
     "mesh too small": (["--mesh.fsdp=4"], {}, "must use all of them"),
     "other configuration": ([], {1: ["--run.seed=3"]}, "run.seed = 3, at the first 0"),
     "other count": ([], {1: ["--hosts.processes=3"]}, "hosts.processes = 3, the first with 2"),
-    "not the same run directory": ([*SPLIT], {1: ["--run.dir=."]}, "another configuration"),
     "one is missing": (
         ["--hosts.processes=3", "--hosts.timeout_s=6"],
         {},
