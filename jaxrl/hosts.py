@@ -29,6 +29,7 @@ from jaxrl.config import Config
 from jaxrl.types import RunError, UserError
 
 _RETRY_S = 0.2
+_LOSS_SHOWS_S = 2.0
 _CLEANUP_S = 30.0
 _LET_GO_S = 5.0
 _RESUME = "\nto go on from the newest checkpoint, start all processes with --resume"
@@ -197,14 +198,14 @@ class Hosts:
     def fail(self, said: str) -> None:
         """Tells the others that this process ends, and why."""
         if self._lost.is_set():  # that is why, and another thread is ending this process
-            time.sleep(_CLEANUP_S)
+            time.sleep(_CLEANUP_S + _LET_GO_S)
         self._over = True
         self._send("failed", [said])
         self._let_go()
 
-    def lost_soon(self, seconds: float) -> bool:
-        """Whether another process turns out to be lost: what jax says then is no news."""
-        return self._lost.wait(seconds)
+    def wait_for_loss(self) -> None:
+        """Before an error of jax is believed: it may be how a lost process shows first."""
+        self._lost.wait(_LOSS_SHOWS_S)
 
     def _hear(self, line: Line, name: str) -> None:
         while not self._over:
@@ -226,10 +227,7 @@ class Hosts:
         if self._over or self._lost.is_set():
             return
         self._lost.set()
-        text = (
-            f"error: {said}\nto go on from the newest checkpoint, start all processes with --resume"
-        )
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+        os.write(sys.stderr.fileno(), f"error: {said}\n".encode())
         self._send("failed", [said])
         cleanup = threading.Thread(target=lambda: [do() for do in self.at_loss], daemon=True)
         cleanup.start()
@@ -264,8 +262,8 @@ def join(c: Config, report: Callable[[BaseException], int]) -> Iterator[Hosts]:
         yield hosts
     except BaseException as error:
         ours = isinstance(error, RunError | KeyboardInterrupt)
-        if not ours and hosts.lost_soon(2.0):
-            time.sleep(_CLEANUP_S)
+        if not ours:
+            hosts.wait_for_loss()
         hosts.fail(str(error).partition("\n")[0] or type(error).__name__)
         code = report(error)
         sys.stdout.flush()

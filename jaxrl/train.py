@@ -153,7 +153,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             normalize_std=c.algorithm.normalize_std,
             mask_equal_rewards=c.algorithm.mask_equal_rewards,
         )
-        batch = pack(groups, advantages_PG, weights_PG, c.update, c.mesh.data * c.mesh.fsdp)
+        shards = c.mesh.data * c.mesh.fsdp
+        batch = pack(groups, advantages_PG, weights_PG, c.update, shards)
         state, update_metrics = parts.update(state, batch)
 
         # The device computes. A checkpoint of this step has the cursor of this step.
