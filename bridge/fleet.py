@@ -7,8 +7,10 @@ goes to the others, and only a fleet with nobody left raises.
 
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,22 @@ class Fleet:
     def score(self, tokens: Sequence[int]) -> dict[str, np.ndarray | FleetError]:
         """Log-probabilities of `tokens` on every live engine; see VllmEngine.score."""
         return self._ask("score", [int(token) for token in tokens])
+
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> Callable[[], list[Group]]:
+        """As `generate`, in a thread; what is returned waits for its result, or raises."""
+        outcome: Future[list[Group]] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(self.generate(prompts, sampling, seeds))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        # Not of a pool: those are waited for when the interpreter ends, and engines may hang.
+        threading.Thread(target=work, daemon=True).start()
+        return outcome.result
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]

@@ -7,6 +7,7 @@ while the next ones are being read.
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,10 +70,16 @@ class Place:
         if any(split[axis] for axis in whole):
             raise ValueError(f"{spec.hf_name}: {whole} cannot be split over {sharding}")
         hf_sharding = NamedSharding(sharding.mesh, P(*(split[axis] for axis in hf_axes(spec))))
-        held = hf_sharding.addressable_devices_indices_map(hf_shape(spec))
-        self.devices = list(held)
-        self.held = [_bounds(index or (), hf_shape(spec)) for index in held.values()]
+        everywhere = {
+            device: _bounds(index or (), hf_shape(spec))
+            for device, index in hf_sharding.devices_indices_map(hf_shape(spec)).items()
+        }
+        self.devices = list(hf_sharding.addressable_devices_indices_map(hf_shape(spec)))
+        self.held = [everywhere[device] for device in self.devices]
         self.blocks = sorted({rows.start for rows, *_ in self.held})  # first rows of our shards
+        # The processes run the same programs, so a chunk is as large in each of them.
+        blocks = {(device.process_index, rows.start) for device, (rows, *_) in everywhere.items()}
+        self.most_blocks = max(Counter(process for process, _ in blocks).values())
         # One shard, by a name that leaves of one kind share: they share their programs.
         stacked = "".join(key for key in ("{layer}", "{expert}") if key in spec.hf_name)
         self.shard = dataclasses.replace(
@@ -92,7 +99,7 @@ class Place:
             return
         row_bytes = tensor.nbytes // tensor.shape[0]
         unit = hf_shape(self.shard)[0] // size  # rows of one index
-        count = min(max(_CHUNK // (unit * row_bytes * len(self.blocks)), 1), size)
+        count = min(max(_CHUNK // (unit * row_bytes * self.most_blocks), 1), size)
         for step in range(0, size, count):
             start = min(step, size - count)  # the last may overlap: it has the shape of the others
             stretches = [

@@ -10,7 +10,8 @@ Orbax restores a flipped bit without a word, and takes an empty directory for it
 directory is believed only while it is whole (`durable.damage`), and it gets its name after all of
 its bytes are on the disk: a killed run leaves a whole checkpoint, or a `tmp.*` directory.
 
-One process writes: arrays that span several jax processes are refused.
+Of several jax processes each writes and reads its own shards of the arrays, on a filesystem that
+all of them see (`save_shards`, `restore`); the first does everything else.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class Stored:
 def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int) -> Path:
     """Writes the state after `step` and returns its directory, once every byte is on the disk.
 
+    Of several processes this is the first one's part; the others call `save_shards` meanwhile.
+
     Args:
       root: the directory of this run's checkpoints, created if need be.
       arrays: a pytree of jax arrays, none of size zero.
@@ -80,9 +83,9 @@ def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int)
     host_json = json.dumps(dict(host), allow_nan=False, indent=1)
     leaves = _named_leaves(arrays)
     for name, leaf in leaves.items():
-        assert leaf.size and leaf.is_fully_addressable, f"{name}: empty, or of several processes"
+        assert leaf.size, f"{name}: is empty"
     final = root / _name(step)
-    temporary = root / f"{durable.TEMPORARY}{final.name}"
+    temporary = _temporary(root, step)
     try:
         durable.make_directory(root)
         damaged = _damaged_from(root, step)
@@ -110,29 +113,51 @@ def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int)
     return final
 
 
+def save_shards(root: Path, step: int, arrays: Any) -> None:
+    """What every process but the first does of `save`: it writes its shards of the arrays.
+
+    Raises:
+      CheckpointError: they were not written.
+    """
+    try:
+        _write_arrays(_temporary(root, step), _named_leaves(arrays))
+    except Exception as error:
+        raise CheckpointError(f"{root}: step {step} was not saved: {error}") from error
+
+
 def restore_newest(root: Path, abstract: Any) -> Restored | None:
     """Reads the newest whole checkpoint under `root`, and clears what killed saves have left.
 
     Args:
-      abstract: a pytree of jax.ShapeDtypeStruct with shardings: the arrays come back like that,
-        on whatever mesh it names.
+      abstract: as for `restore`.
 
     Returns:
       None if there is no checkpoint at all.
 
     Raises:
-      CheckpointError: there are checkpoints and none is whole, or the newest whole one holds other
-        arrays than `abstract` asks for.
+      CheckpointError: as `find_newest` and `restore`.
+    """
+    path, rejected = find_newest(root)
+    return None if path is None else restore(path, abstract, rejected)
+
+
+def find_newest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint under `root`, and a line for each that was passed over.
+
+    Clears what killed saves have left. None: there is no checkpoint at all.
+
+    Raises:
+      CheckpointError: there are checkpoints and none is whole.
     """
     if not root.is_dir():
-        return None
+        return None, []
     for path in root.glob(f"{durable.TEMPORARY}*"):
         durable.remove(path)
     rejected = []
     for path in _steps(root):
         problem = _damage(path)
         if not problem:
-            return _restore(path, abstract, rejected)
+            return path, rejected
         rejected.append(f"{path.name}: {problem}")
     if rejected:
         raise CheckpointError(
@@ -140,7 +165,50 @@ def restore_newest(root: Path, abstract: Any) -> Restored | None:
             + "".join(f"  {line}\n" for line in rejected)
             + f"Bring back an intact copy, or remove {root} and start the run again"
         )
-    return None
+    return None, []
+
+
+def restore(path: Path, abstract: Any, rejected: Sequence[str] = ()) -> Restored:
+    """Reads the checkpoint `path`, which `find_newest` has found whole.
+
+    Of several processes all call it, and each reads its own shards.
+
+    Args:
+      abstract: a pytree of jax.ShapeDtypeStruct with shardings: the arrays come back like that,
+        on whatever mesh it names.
+
+    Raises:
+      CheckpointError: it holds other arrays than `abstract` asks for.
+    """
+    facts = durable.facts(path)
+    if facts["schema"] != SCHEMA:
+        raise CheckpointError(
+            f"{path}: has schema {facts['schema']}, this program reads schema {SCHEMA}; "
+            "continue the run with the program that wrote it"
+        )
+    leaves = _named_leaves(abstract)
+    differences = _differences(facts["arrays"], _describe(leaves))
+    if differences:
+        raise CheckpointError(
+            f"{path}: holds other arrays than this run needs:\n"
+            + "".join(f"  {line}\n" for line in differences)
+            + "Continue with the model and optimizer that it was written with"
+        )
+    try:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                path.absolute() / ARRAYS,
+                item=leaves,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: its bytes are intact, but Orbax cannot read them: {error}\n"
+            f"Written with {facts['libraries']}; installed are {_library_versions()}"
+        ) from error
+    host = json.loads((path / HOST).read_bytes())
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in leaves])
+    return Restored(facts["step"], tree, host, list(rejected))
 
 
 def save_alone(path: Path, arrays: Any, host: Mapping[str, Any], files: Mapping[str, Path]) -> None:
@@ -244,9 +312,7 @@ def _damaged_from(root: Path, step: int) -> list[Path]:
 
 def _write(path: Path, step: int, leaves: dict[str, Any], host_json: str) -> None:
     """Fills the empty directory `path`."""
-    # The asynchronous checkpointers of Orbax go on creating files after a save has failed.
-    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute() / ARRAYS, leaves)
+    _write_arrays(path, leaves)
     (path / HOST).write_text(host_json, encoding="utf-8")
     durable.seal(
         path,
@@ -262,43 +328,17 @@ def _write(path: Path, step: int, leaves: dict[str, Any], host_json: str) -> Non
         raise OSError(f"what was written reads back differently: {problem}")
 
 
+def _write_arrays(path: Path, leaves: dict[str, Any]) -> None:
+    # The asynchronous checkpointers of Orbax go on creating files after a save has failed.
+    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute() / ARRAYS, leaves)
+
+
 def _damage(path: Path) -> str | None:
     problem = durable.damage(path)
     if not problem and durable.facts(path)["step"] != _number(path):
         problem = f"{durable.MANIFEST}: is that of step {durable.facts(path)['step']}"
     return problem
-
-
-def _restore(path: Path, abstract: Any, rejected: list[str]) -> Restored:
-    facts = durable.facts(path)
-    if facts["schema"] != SCHEMA:
-        raise CheckpointError(
-            f"{path}: has schema {facts['schema']}, this program reads schema {SCHEMA}; "
-            "continue the run with the program that wrote it"
-        )
-    leaves = _named_leaves(abstract)
-    differences = _differences(facts["arrays"], _describe(leaves))
-    if differences:
-        raise CheckpointError(
-            f"{path}: holds other arrays than this run needs:\n"
-            + "".join(f"  {line}\n" for line in differences)
-            + "Continue with the model and optimizer that it was written with"
-        )
-    try:
-        with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(
-                path.absolute() / ARRAYS,
-                item=leaves,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
-            )
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: its bytes are intact, but Orbax cannot read them: {error}\n"
-            f"Written with {facts['libraries']}; installed are {_library_versions()}"
-        ) from error
-    host = json.loads((path / HOST).read_bytes())
-    tree = jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in leaves])
-    return Restored(facts["step"], tree, host, rejected)
 
 
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -364,6 +404,10 @@ def _quiet_orbax() -> Iterator[None]:
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def _temporary(root: Path, step: int) -> Path:
+    return root / f"{durable.TEMPORARY}{_name(step)}"
 
 
 def _number(path: Path) -> int:

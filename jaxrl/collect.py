@@ -13,11 +13,15 @@ Publish = Callable[[Any, int], PublishReport]  # (params, version)
 class Engines(Protocol):
     """Whatever samples completions: `sampler.InProcessEngine`, `bridge.fleet.Fleet`."""
 
-    def generate(
+    def begin(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Group]:
-        """`sampling.n` rollouts of each prompt, in the order of `prompts`, every token by the
-        newest published weights. Sample i of prompt p is drawn with seed `seeds[p] + i`."""
+    ) -> Callable[[], list[Group]]:
+        """Starts to sample `sampling.n` rollouts of each prompt, every token by the newest
+        published weights. Sample i of prompt p is drawn with seed `seeds[p] + i`.
+
+        Returns at once; what it returns waits for the groups, which are in the order of `prompts`.
+        Nothing is published meanwhile.
+        """
         ...
 
     def close(self) -> None: ...

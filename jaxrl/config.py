@@ -212,6 +212,27 @@ class MeshSection(Section):
     tensor: int = knob(1, "shards of heads, MLP width and vocabulary", unit="devices", ge=1)
 
 
+class HostsSection(Section):
+    coordinator: str | None = knob(
+        None,
+        "HOST:PORT of the first process, whose PORT + 1 is jax's; auto: a TPU pod, SLURM, Open MPI "
+        "or Kubernetes says it; default: the run has one process",
+        pattern=r"^(auto|.+:\d{1,5})$",
+    )
+    processes: int | None = knob(
+        None, "processes of the run, one a host; auto knows", unit="processes", ge=1
+    )
+    process_id: int | None = knob(
+        None, "which of them this one is; 0 leads: it has the run directory and the engines", ge=0
+    )
+    timeout_s: float = knob(
+        300.0, "deadline for all processes to come together", unit="seconds", ge=1.0
+    )
+    silence_s: float = knob(
+        60.0, "a host that answers nothing for so long is given up", unit="seconds", ge=1.0
+    )
+
+
 class PublishSection(Section):
     channel: Literal["object_store", "shuttle"] = knob(
         "object_store", "how weights travel: Ray's shared memory, or a directory all machines see"
@@ -266,6 +287,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     update: UpdateSection = UpdateSection()
     mesh: MeshSection = MeshSection()
+    hosts: HostsSection = HostsSection()
     publish: PublishSection = PublishSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -323,6 +345,7 @@ def contradictions(c: Config) -> list[str]:
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; make it at least "
             f"{longest}, or lower one of the two"
         )
+    found += _contradictions_of_hosts(c.hosts)
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)
         if value != off:
@@ -345,3 +368,25 @@ def contradictions(c: Config) -> list[str]:
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
         )
     return found
+
+
+def _contradictions_of_hosts(c: HostsSection) -> list[str]:
+    given = [key for key in ("processes", "process_id") if getattr(c, key) is not None]
+    if c.coordinator is None or c.coordinator == "auto":
+        value = "auto" if c.coordinator else "not set"
+        return [
+            f"hosts.{key} = {getattr(c, key)} with hosts.coordinator {value}: it goes with "
+            "hosts.coordinator = HOST:PORT"
+            for key in given
+        ]
+    if len(given) < 2:
+        return ["hosts.coordinator = HOST:PORT needs hosts.processes and hosts.process_id"]
+    assert c.processes is not None and c.process_id is not None
+    if c.process_id >= c.processes:
+        return [
+            f"hosts.process_id = {c.process_id}: the last of hosts.processes = {c.processes} "
+            f"processes is {c.processes - 1}"
+        ]
+    if int(c.coordinator.rpartition(":")[2]) > 65534:
+        return [f"hosts.coordinator = {c.coordinator}: the highest port is 65534"]
+    return []

@@ -1,9 +1,11 @@
 """The device mesh, and the one table that says how arrays lie on it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,6 +41,12 @@ def make_mesh(c: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
             f"devices, and jax sees {have} ({jax.default_backend()})"
+        )
+    if need < have and jax.process_count() > 1:
+        raise UserError(
+            f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
+            f"devices, and the {jax.process_count()} processes have {have}; the mesh must use all "
+            "of them"
         )
     axes = ("data", "fsdp", "tensor")
     types = (AxisType.Auto,) * 3
@@ -87,6 +95,33 @@ def _divides(mesh: Mesh, axis: str, size: int) -> bool:
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Of an array whose first axis is rows, of any rank."""
     return NamedSharding(mesh, partition(("rows", *["tokens"] * (rank - 1))))
+
+
+def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """An array on the mesh from those of its rows that lie on the devices of this process."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
+
+
+def rows_of_process(mesh: Mesh, rows: int, process: int) -> np.ndarray:
+    """Which rows of a batch lie on the devices of a process, ascending: int [b]."""
+    held = batch_sharding(mesh, 1).devices_indices_map((rows,))
+    ours = [
+        np.arange(rows)[index] for device, index in held.items() if device.process_index == process
+    ]
+    return np.unique(np.concatenate(ours))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """An array that each process can read. All of them call it; it waits for nothing."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    assert isinstance(x.sharding, NamedSharding), x.sharding
+    return _copier(NamedSharding(x.sharding.mesh, P()))(x)
+
+
+@functools.cache
+def _copier(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def row_shards(mesh: Mesh) -> int:

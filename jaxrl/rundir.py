@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "run.steps",
     "update.*",
     "mesh.*",
+    "hosts.*",
     "vllm.*",
     "publish.*",
     "eval.*",
@@ -48,6 +49,11 @@ class RunDir:
         self.path = path
         self.changes = changes  # "key: old -> new" for each key this resume changes
         self._lock = lock
+
+    @property
+    def holder(self) -> str:
+        """Who has the lock."""
+        return _holder(self.path)
 
     @property
     def config_file(self) -> Path:
@@ -160,6 +166,21 @@ def _read_mark(path: Path) -> int:
             "that is above every version the run has used"
         )
     return int(text)
+
+
+def check_shared(run_dir: Path, holder: str) -> None:
+    """Raises RunDirError unless `run_dir` is, seen from this process, the one that `holder` has."""
+    if _holder(run_dir) != holder:
+        raise RunDirError(
+            f"{run_dir}: is not the run directory of the first process ({holder}), seen from "
+            f"{socket.gethostname()}; let run.dir be on a filesystem that all hosts share"
+        )
+
+
+def _holder(run_dir: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (run_dir / ".lock").read_text(errors="replace").strip()
+    return ""
 
 
 def _lock(run_dir: Path) -> int:

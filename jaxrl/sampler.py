@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.losses import token_logprobs
+from jaxrl.mesh import replicated
 from jaxrl.models.attention import Masked
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
@@ -29,7 +30,7 @@ def make_score(
     """Returns score(params, tokens) -> log-prob of each token given those before it.
 
     Float32 [t], nats, at temperature 1; the first is 0. With `frozen` weights `params` are the
-    adapters beside them.
+    adapters beside them. Of several processes all call it.
     """
 
     @jax.jit
@@ -43,13 +44,17 @@ def make_score(
     def score(params: Params, tokens: Sequence[int]) -> np.ndarray:
         tokens_1T = np.zeros((1, row_length(len(tokens))), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        return np.asarray(logprobs(params, frozen or {}, tokens_1T))[0, : len(tokens)]
+        scored = replicated(logprobs(params, frozen or {}, tokens_1T))
+        return np.asarray(scored)[0, : len(tokens)]
 
     return score
 
 
 class InProcessEngine:
-    """Samples with the newest published weights, on the trainer's own devices."""
+    """Samples with the newest published weights, on the trainer's own devices.
+
+    Of several processes all do so at the same time, and all get the same groups.
+    """
 
     def __init__(self, policy: Policy, frozen: Params | None = None) -> None:
         """With `frozen` weights what is published are adapters."""
@@ -73,6 +78,12 @@ class InProcessEngine:
 
         Sample i of a prompt is drawn with seed `seeds[p] + i`.
         """
+        return self.begin(prompts, sampling, seeds)()
+
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> Callable[[], list[Group]]:
+        """As `generate`, whose result comes when what is returned is called; the device starts."""
         if self._params is None:
             raise RuntimeError("nothing was published yet: no weights to sample with")
         lengths_P = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
@@ -80,7 +91,7 @@ class InProcessEngine:
         for row, prompt in zip(prompts_PT, prompts, strict=True):
             row[: len(prompt.tokens)] = prompt.tokens
         seeds_B = np.add.outer(np.asarray(seeds, np.uint32), np.arange(sampling.n, dtype=np.uint32))
-        tokens_BN, logprobs_BN = draw(
+        drawn = draw(
             self._policy,
             with_adapters(self._frozen, self._params),
             prompts_PT,
@@ -88,30 +99,37 @@ class InProcessEngine:
             seeds_B.reshape(-1),
             sampling,
         )
-        rollouts = [
-            self._rollout(tokens_BN[b], logprobs_BN[b], sampling, int(seed))
-            for b, seed in enumerate(seeds_B.reshape(-1))
-        ]
-        n = sampling.n
-        return [
-            Group(prompt, tuple(rollouts[p * n : (p + 1) * n])) for p, prompt in enumerate(prompts)
-        ]
+        version, n = self._version, sampling.n
+
+        def wait() -> list[Group]:
+            tokens_BN, logprobs_BN = map(np.asarray, drawn)
+            rollouts = [
+                _rollout(tokens_BN[b], logprobs_BN[b], sampling, int(seed), version)
+                for b, seed in enumerate(seeds_B.reshape(-1))
+            ]
+            return [
+                Group(prompt, tuple(rollouts[p * n : (p + 1) * n]))
+                for p, prompt in enumerate(prompts)
+            ]
+
+        return wait
 
     def close(self) -> None:
         self._params = None
 
-    def _rollout(
-        self, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling, seed: int
-    ) -> Rollout:
-        stops = np.flatnonzero(np.isin(tokens, sampling.stop_tokens))
-        length = int(stops[0]) + 1 if len(stops) else len(tokens)
-        return Rollout(
-            tokens[:length],
-            logprobs[:length],
-            np.full(length, self._version, np.int64),
-            "stop" if len(stops) else "length",
-            seed,
-        )
+
+def _rollout(
+    tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling, seed: int, version: int
+) -> Rollout:
+    stops = np.flatnonzero(np.isin(tokens, sampling.stop_tokens))
+    length = int(stops[0]) + 1 if len(stops) else len(tokens)
+    return Rollout(
+        tokens[:length],
+        logprobs[:length],
+        np.full(length, version, np.int64),
+        "stop" if len(stops) else "length",
+        seed,
+    )
 
 
 class _Drawn(NamedTuple):
@@ -132,13 +150,13 @@ def draw(
     lengths_P: np.ndarray,
     seeds_B: np.ndarray,
     sampling: Sampling,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and log-probs, both [B, N] with B = P * sampling.n and N at most its max_new_tokens;
-    what follows a stop token is meaningless.
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and log-probs, both [P * sampling.n, sampling.max_new_tokens]; what follows a stop
+    token is meaningless. Starts the devices, and does not wait for them.
 
     Prompts are right-padded. The cache has a slot for every padded prompt position, then one for
     each new token; masks hide the slots of padding, and positions skip them. It grows by stages,
-    since every step reads all of it, and ends with the stage in which every row has stopped.
+    since every step reads all of it; once every row has stopped a stage has nothing to do.
     """
     n, most = sampling.n, sampling.max_new_tokens
     state = _prefill(policy, params, prompts_PT, lengths_P, n, most)
@@ -147,9 +165,7 @@ def draw(
         state = _decode(
             policy, params, state, lengths_B, seeds_B, sampling, prompts_PT.shape[1], end
         )
-        if np.asarray(state.stopped_B).all():
-            break
-    return np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
+    return replicated(state.tokens_BN), replicated(state.logprobs_BN)
 
 
 def stages(max_new_tokens: int) -> list[int]:

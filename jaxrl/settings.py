@@ -141,12 +141,16 @@ def describe(c: Config) -> str:
         f"tensor {c.mesh.tensor})",
         f"outputs go to {c.run_dir}",
     ]
+    if c.hosts.coordinator == "auto":
+        lines.insert(3, "of all processes that the cluster starts")
+    elif c.hosts.coordinator:
+        lines.insert(3, f"of {c.hosts.processes} processes, of which this is {c.hosts.process_id}")
     if c.rollout.engine == "inprocess":
-        lines.insert(3, "rollouts: the jitted sampler in the trainer; no Ray, no vLLM")
+        lines.insert(-1, "rollouts: the jitted sampler in the trainer; no Ray, no vLLM")
     else:
         where = f"the Ray cluster at {c.vllm.ray_address}" if c.vllm.ray_address else "a local Ray"
         lines.insert(
-            3,
+            -1,
             f"rollouts: {c.vllm.engines} vLLM engine(s) in {c.engine_dtype} on {where}, each "
             f"{c.vllm.cpus_per_engine:g} CPUs and {c.vllm.gpus_per_engine:g} GPUs; weights go over "
             f"{c.publish.channel} in {c.wire_dtype}",

@@ -9,11 +9,12 @@ command line; 128 + n ended by signal n, after a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
 from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
 from jaxrl.settings import Command, describe, parse_command_line, to_yaml
-from jaxrl.types import Group, Prompt, RunError, Sampling, UserError
+from jaxrl.types import Group, Prompt, RunError, Sampling, TrainBatch, UserError
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jax.sharding import Mesh
@@ -32,8 +33,11 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
 
     from bridge.export import Exporter
     from bridge.fleet import Fleet
+    from bridge.publisher import Score
+    from bridge.wire import HostTensor
     from jaxrl.collect import Engines, Publish
     from jaxrl.data import PromptStream
+    from jaxrl.hosts import Hosts
     from jaxrl.metrics import RunLog
     from jaxrl.models.config import DecoderConfig, LoraConfig
     from jaxrl.models.decoder import Params, Policy
@@ -42,7 +46,8 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.report import Summary
     from jaxrl.rewards import Reward
     from jaxrl.rundir import RunDir
-    from jaxrl.update import TrainState, Update
+    from jaxrl.sampler import InProcessEngine
+    from jaxrl.update import Metrics, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
 MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
@@ -54,16 +59,35 @@ def main(arguments: list[str] | None = None) -> int:
         if command.dry_run:
             print(to_yaml(command.config) + "\n" + describe(command.config))
             return 0
-        return train(command)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}\nto go on from the newest checkpoint, add --resume", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ended at once; to go on from the newest checkpoint, add --resume", file=sys.stderr)
-        return 128 + signal.SIGINT
+        from jaxrl.hosts import join
+
+        with join(command.config, report_error) as hosts:
+            code = train(command, hosts) if hosts.first else follow(command.config, hosts)
+            hosts.end(code)
+        return code
+    except (RunError, KeyboardInterrupt) as error:
+        return report_error(error)
+
+
+def report_error(error: BaseException) -> int:
+    """Says what ended the run, and returns the exit code."""
+    match error:
+        case UserError():
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        case RunError():
+            print(
+                f"error: {error}\nto go on from the newest checkpoint, add --resume",
+                file=sys.stderr,
+            )
+            return 1
+        case KeyboardInterrupt():
+            print(
+                "ended at once; to go on from the newest checkpoint, add --resume", file=sys.stderr
+            )
+            return 128 + signal.SIGINT
+    traceback.print_exception(error)
+    return 1
 
 
 @dataclass
@@ -79,7 +103,7 @@ class Parts:
     publish: Publish
     next_version: Callable[[], int]
     update: Update
-    save: Callable[[int, TrainState, int], None]  # (step, state, version)
+    save: Callable[[int, TrainState, int, int], None]  # (step, state, version, cursor)
     log: RunLog
     stop_tokens: tuple[int, ...]
     key_cost: float  # see `packing.pack`
@@ -87,7 +111,14 @@ class Parts:
 
 def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
     """GRPO with one update a batch (arXiv:2402.03300, algorithm 1): rollouts, rewards, advantages,
-    update, publish; then the next step samples with the new weights."""
+    update, publish; then the next step samples with the new weights.
+
+    Neither device nor engines wait for the host where they need not: the prompts of the next step
+    are made while the update runs, and a step is reported and saved while the engines sample the
+    next one.
+    """
+    import jax
+
     from jaxrl.advantages import group_advantages
     from jaxrl.collect import lag, seeds_for
     from jaxrl.packing import pack
@@ -96,15 +127,19 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     sampling = Sampling(
         c.rollout.group_size, c.rollout.max_new_tokens, c.rollout.temperature, parts.stop_tokens
     )
+
+    def begin(prompts: list[Prompt]) -> Callable[[], list[Group]]:
+        return parts.engines.begin(prompts, sampling, seeds_for(c.run.seed, prompts))
+
     version = parts.next_version()
     parts.publish(state.params, version)
     if first_step == 0:
         parts.log.step(0, {"eval/accuracy": evaluate(parts), "weights/version": version})
+    prompts = parts.stream.take(c.rollout.prompts_per_step)
+    clock, rollouts = Clock(), begin(prompts)
 
     for step in range(first_step + 1, c.run.steps + 1):
-        clock = Clock()
-        prompts = parts.stream.take(c.rollout.prompts_per_step)
-        groups = parts.engines.generate(prompts, sampling, seeds_for(c.run.seed, prompts))
+        groups = rollouts()
         clock.lap("rollout")
         lag_max = lag(groups, version)
         if lag_max > MAX_LAG:
@@ -114,30 +149,40 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             )
         texts_PG, rewards_PG = judge(parts, groups)
         clock.lap("reward")
-        advantages_PG, weights_PG = map(
-            np.asarray,
-            group_advantages(
-                rewards_PG,
-                normalize_std=c.algorithm.normalize_std,
-                mask_equal_rewards=c.algorithm.mask_equal_rewards,
-            ),
+        advantages_PG, weights_PG = group_advantages(
+            rewards_PG,
+            normalize_std=c.algorithm.normalize_std,
+            mask_equal_rewards=c.algorithm.mask_equal_rewards,
         )
         shards = c.mesh.data * c.mesh.fsdp
         batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost)
         state, update_metrics = parts.update(state, batch)
-        metrics = {name: float(value) for name, value in update_metrics.items()}
-        clock.lap("update")
-        refuse_to_go_on_skipping(c, state, step)
 
+        # The device computes. A checkpoint of this step has the cursor of this step.
+        cursor, skipped_too_long = parts.stream.cursor, parts.stream.skipped_too_long
+        if step < c.run.steps:
+            prompts = parts.stream.take(c.rollout.prompts_per_step)
         version = parts.next_version()
+        jax.block_until_ready(state.params)
+        clock.lap("update")
+
         report = parts.publish(state.params, version)
         clock.lap("publish")
+        metrics: dict[str, Any] = {}
         if step == c.run.steps or (c.eval.every_steps and step % c.eval.every_steps == 0):
             metrics["eval/accuracy"] = evaluate(parts)
             clock.lap("eval")
+        ends = step == c.run.steps or interrupted.signal is not None
+        metrics |= clock.metrics()
+        rollout_s, update_s = clock.seconds["rollout"], clock.seconds["update"]
+        if not ends:
+            clock, rollouts = Clock(), begin(prompts)
 
+        # The engines sample.
+        refuse_to_go_on_skipping(c, state, step)
+        metrics |= {name: float(value) for name, value in update_metrics.items()}
         metrics |= describe_rewards(rewards_PG, weights_PG)
-        metrics |= describe_rollouts(groups, clock.seconds["rollout"], clock.seconds["update"])
+        metrics |= describe_rollouts(groups, rollout_s, update_s)
         metrics |= describe_packing(groups, batch)
         metrics |= {
             "lag/max": lag_max,
@@ -145,16 +190,15 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "publish/bytes": report.bytes,
             "publish/engines": report.engines,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
-            "data/cursor": parts.stream.cursor,
-            "data/skipped_too_long": parts.stream.skipped_too_long,
+            "data/cursor": cursor,
+            "data/skipped_too_long": skipped_too_long,
         }
         # Before the checkpoint: a step that a resumed run will not repeat has been reported.
-        parts.log.step(step, metrics | clock.metrics())
+        parts.log.step(step, metrics)
         n = c.log.samples_per_step
         parts.log.samples(step, groups[:n], rewards_PG[:n], texts_PG[:n])
-        ends = step == c.run.steps or interrupted.signal is not None
         if ends or step % c.checkpoint.every_steps == 0:
-            parts.save(step, state, version)
+            parts.save(step, state, version, cursor)
         if ends:
             break
     return state
@@ -176,7 +220,7 @@ def evaluate(parts: Parts) -> float:
     if not parts.held_out:
         return float("nan")
     sampling = Sampling(1, parts.config.rollout.max_new_tokens, 0.0, parts.stop_tokens)
-    groups = parts.engines.generate(parts.held_out, sampling, [0] * len(parts.held_out))
+    groups = parts.engines.begin(parts.held_out, sampling, [0] * len(parts.held_out))()
     _, rewards_P1 = judge(parts, groups)
     return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
 
@@ -191,20 +235,14 @@ def refuse_to_go_on_skipping(c: Config, state: TrainState, step: int) -> None:
         )
 
 
-def train(command: Command) -> int:
+def train(command: Command, hosts: Hosts) -> int:
     """Puts the parts together, runs the loop, and leaves the run directory complete."""
     from jaxrl.data import fingerprint, load_tokenizer, open_data
-    from jaxrl.model_dir import find_model
-    from jaxrl.models.config import load_config
-    from jaxrl.models.params import trained_specs
     from jaxrl.rewards import make_reward
     from jaxrl.rundir import VersionCounter, open_run
 
     c = command.config
-    model_dir = find_model(c.model.path)
-    decoder = load_config(model_dir, c.model.ignore_config_fields)
-    check_lengths(c, decoder)
-    trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
+    model_dir, decoder = open_model(c)
     tokenizer = load_tokenizer(model_dir, decoder)
     stream, held_out = open_data(c, tokenizer)
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
@@ -212,21 +250,28 @@ def train(command: Command) -> int:
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
         interrupt = cleanup.enter_context(Interrupt().listening())
+        hosts.on_interrupt = interrupt.asked_elsewhere
+        hosts.announce("run_dir", run_dir.holder)
         # Engines take seconds to start, and Ray forks: both want to be ahead of jax.
         fleet = None
         if c.rollout.engine == "vllm":
             print(f"starting {c.vllm.engines} vLLM engine(s)", flush=True)
             fleet = start_fleet(c, model_dir, decoder)
             cleanup.callback(fleet.close)
+            hosts.at_loss.append(fleet.close)
 
         from jaxrl import checkpoint
         from jaxrl.metrics import RunLog
         from jaxrl.sampler import InProcessEngine
 
-        learner = build_learner(c, model_dir, decoder)
+        learner = lead(hosts, build_learner(c, model_dir, decoder))
+        for line in learner.kept_whole:
+            print(f"mesh: {line}")
         state, first_step, last_version = learner.state, 0, 0
         if command.resume:
-            state, first_step, last_version = resume(run_dir, learner, stream, data_fingerprint)
+            state, first_step, last_version = resume(
+                run_dir, learner, hosts, stream, data_fingerprint
+            )
             if first_step >= c.run.steps:
                 raise UserError(
                     f"{run_dir.path}: the run is complete, {first_step} of run.steps = "
@@ -241,20 +286,22 @@ def train(command: Command) -> int:
             )
         )
 
-        def save(step: int, state: TrainState, version: int) -> None:
+        def save(step: int, state: TrainState, version: int, cursor: int) -> None:
             host = {
-                "cursor": stream.cursor,
+                "cursor": cursor,
                 "version": version,
                 "data_fingerprint": data_fingerprint,
                 "frozen_fingerprint": learner.frozen_fingerprint,
                 "config": c.model_dump(mode="json"),
             }
+            hosts.announce("save", step)
             checkpoint.save(run_dir.checkpoints, step, state, host, c.checkpoint.keep)
 
         next_version = VersionCounter(run_dir.weight_version_file, floor=last_version).next
         if fleet is None:
-            engines: Any = InProcessEngine(learner.policy, learner.frozen)
-            publish = engines.publish
+            engine = InProcessEngine(learner.policy, learner.frozen)
+            engines: Any = engine if hosts.alone else LedEngine(hosts, engine)
+            publish = hosts.together("publish", engine.publish)
         else:
             for info in fleet.wait_ready():
                 print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
@@ -283,43 +330,127 @@ def train(command: Command) -> int:
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
 
+def follow(c: Config, hosts: Hosts) -> int:
+    """The part of every process but the first: what that one announces, with the shards here."""
+    from jaxrl import checkpoint
+    from jaxrl.rundir import check_shared
+    from jaxrl.sampler import InProcessEngine
+
+    model_dir, decoder = open_model(c)
+    learner = build_learner(c, model_dir, decoder)
+    engine = InProcessEngine(learner.policy, learner.frozen)
+    state, checkpoints = learner.state, c.run_dir / "checkpoints"
+    with Interrupt(hosts.interrupt).listening():
+        for order in hosts.orders():
+            match order.name, order.args:
+                case "run_dir", [holder]:
+                    check_shared(c.run_dir, holder)
+                case "update", _:
+                    state, _ = learner.update(state, TrainBatch(*order.arrays))
+                case "publish", [version]:
+                    engine.publish(state.params, version)
+                case "begin", [prompts, [n, most, temperature, stops], seeds]:
+                    sampling = Sampling(n, most, temperature, tuple(stops))
+                    texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
+                    engine.begin(texts, sampling, seeds)
+                case "export", _:
+                    learner.export(state.params)
+                case "export_frozen", _:
+                    learner.export_frozen(learner.frozen)
+                case "export_merged", _:
+                    learner.export_merged(state.params)
+                case "score", [tokens]:
+                    learner.score(state.params, tokens)
+                case "save", [step]:
+                    checkpoint.save_shards(checkpoints, step, state)
+                case "restore", [name]:
+                    state = checkpoint.restore(checkpoints / name, abstract(state)).arrays
+                case "end", [code]:
+                    return code
+    raise AssertionError("the orders end with `end`")
+
+
+def open_model(c: Config) -> tuple[Path, DecoderConfig]:
+    from jaxrl.model_dir import find_model
+    from jaxrl.models.config import load_config
+    from jaxrl.models.params import trained_specs
+
+    model_dir = find_model(c.model.path)
+    decoder = load_config(model_dir, c.model.ignore_config_fields)
+    check_lengths(c, decoder)
+    trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
+    return model_dir, decoder
+
+
 @dataclass
 class Learner:
-    """The policy on its mesh, and what is compiled for it."""
+    """The policy on its mesh, and what is compiled for it. All processes call these together."""
 
     policy: Policy
     lora: LoraConfig | None
     specs: dict[ParamPath, ParamSpec]  # of the whole policy
     trained: dict[ParamPath, ParamSpec]  # of what trains: the whole policy, or adapters
+    mesh: Mesh
+    kept_whole: list[str]  # what the mesh does not divide
     frozen: Params | None  # with adapters: the weights beside them
+    frozen_fingerprint: int
     state: TrainState
     update: Update
+    score: Score
     export: Exporter  # of what trains, for every publish
-
-    @functools.cached_property
-    def export_whole(self) -> Exporter:
-        from bridge.export import make_exporter
-
-        return self.export if self.lora is None else make_exporter(self.specs, FROZEN_DTYPE)
-
-    @functools.cached_property
-    def frozen_fingerprint(self) -> int:
-        from jaxrl.models.lora import fingerprint
-
-        return 0 if self.frozen is None else int(fingerprint(self.frozen))
+    export_frozen: Exporter  # of the weights beside adapters
+    export_merged: Exporter  # of the whole policy, from what trains
 
     def save(self, params: Params, model_path: str, model_dir: Path, run_dir: RunDir) -> None:
         """What the run was for: a Hugging Face directory, and of adapters a PEFT one as well."""
         from bridge.checkpoints import save_model
         from bridge.peft import adapter_config, save_adapter
-        from jaxrl.models.lora import merged_params, with_adapters
 
         if self.lora is not None:
             settings = adapter_config(self.lora, self.trained, model_path)
             save_adapter(self.export(params), settings, run_dir.adapter)
-            whole = with_adapters(self.frozen or {}, params)
-            params = merged_params(self.specs, self.lora, whole)
-        save_model(self.export_whole(params), model_dir, run_dir.export)
+        save_model(self.export_merged(params), model_dir, run_dir.export)
+
+
+def lead(hosts: Hosts, learner: Learner) -> Learner:
+    """The learner of the first process: whatever it is asked, the others are told first."""
+    if hosts.alone:
+        return learner
+
+    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        from jaxrl.mesh import rows_of_process
+
+        rows = [rows_of_process(learner.mesh, len(batch[0]), i) for i in range(hosts.count)]
+        shards = [TrainBatch(*(array[held] for array in batch)) for held in rows]
+        hosts.announce("update", arrays=shards)
+        return learner.update(state, shards[0])
+
+    return dataclasses.replace(
+        learner,
+        update=update,
+        score=hosts.together("score", learner.score),
+        export=hosts.together("export", learner.export),
+        export_frozen=hosts.together("export_frozen", learner.export_frozen),
+        export_merged=hosts.together("export_merged", learner.export_merged),
+    )
+
+
+@dataclass
+class LedEngine:
+    """The in-process engine of the first process, which the others sample with."""
+
+    hosts: Hosts
+    engine: InProcessEngine
+
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+    ) -> Callable[[], list[Group]]:
+        tokens = [prompt.tokens for prompt in prompts]
+        self.hosts.announce("begin", tokens, dataclasses.astuple(sampling), list(seeds))
+        return self.engine.begin(prompts, sampling, seeds)
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
@@ -329,14 +460,14 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     from bridge.export import make_exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
     from jaxrl.models.decoder import init_params
+    from jaxrl.models.lora import fingerprint, merged_params, with_adapters
     from jaxrl.models.params import param_specs, trained_specs
+    from jaxrl.sampler import make_score
     from jaxrl.update import init_state, make_optimizer, make_update
 
     mesh, lora = make_mesh(c.mesh), lora_config(c)
     specs, trained = param_specs(decoder), trained_specs(decoder, lora)
     shardings = param_shardings(specs, mesh)
-    for line in kept_whole(specs, mesh):
-        print(f"mesh: {line}")
     if lora is None:
         frozen, params = None, load_params(model_dir, specs, shardings)
     else:
@@ -348,24 +479,32 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     policy = make_policy(c, decoder, mesh)
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
+    update = make_update(
+        policy, optimizer, c.algorithm, c.update, c.rollout.temperature, mesh, state, frozen
+    )
+    export = make_exporter(trained, c.wire_dtype)
+    export_frozen = make_exporter(specs, FROZEN_DTYPE)
+
+    def export_merged(params: Params) -> list[HostTensor]:
+        if lora is None:
+            return export(params)
+        return export_frozen(merged_params(specs, lora, with_adapters(frozen or {}, params)))
+
     return Learner(
-        policy,
-        lora,
-        specs,
-        trained,
-        frozen,
-        state,
-        make_update(
-            policy,
-            optimizer,
-            c.algorithm,
-            c.update,
-            c.rollout.temperature,
-            mesh,
-            state,
-            frozen,
-        ),
-        make_exporter(trained, c.wire_dtype),
+        policy=policy,
+        lora=lora,
+        specs=specs,
+        trained=trained,
+        mesh=mesh,
+        kept_whole=kept_whole(specs, mesh),
+        frozen=frozen,
+        frozen_fingerprint=0 if frozen is None else int(fingerprint(frozen)),
+        state=state,
+        update=update,
+        score=make_score(policy, frozen),
+        export=export,
+        export_frozen=export_frozen,
+        export_merged=export_merged,
     )
 
 
@@ -454,7 +593,6 @@ def connect_bridge(
     from bridge.channels.shuttle import ShuttleChannel
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
-    from jaxrl.sampler import make_score
 
     channel = (
         ObjectStoreChannel(c.publish.keep_versions)
@@ -465,7 +603,7 @@ def connect_bridge(
         learner.export,
         channel,
         fleet,
-        make_score(learner.policy, learner.frozen),
+        learner.score,
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
         bucket_bytes=c.publish.bucket_mib << 20,
@@ -473,27 +611,24 @@ def connect_bridge(
     )
     if learner.frozen is not None:
         expected = expected_tensors(learner.specs, FROZEN_DTYPE)
-        publisher.publish_frozen(learner.export_whole(learner.frozen), expected, next_version())
+        publisher.publish_frozen(learner.export_frozen(learner.frozen), expected, next_version())
     return publisher.publish
 
 
 def resume(
-    run_dir: RunDir, learner: Learner, stream: PromptStream, data_fingerprint: str
+    run_dir: RunDir, learner: Learner, hosts: Hosts, stream: PromptStream, data_fingerprint: str
 ) -> tuple[TrainState, int, int]:
     """State, step and weight version of the newest verified checkpoint; or those of a fresh run."""
-    import jax
-
     from jaxrl import checkpoint
 
     for change in run_dir.changes:
         print(f"resuming with {change}")
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), learner.state
-    )
-    restored = checkpoint.restore_newest(run_dir.checkpoints, abstract)
-    if restored is None:
+    newest, rejected = checkpoint.find_newest(run_dir.checkpoints)
+    if newest is None:
         print("no checkpoint was written yet: starting from the first step")
         return learner.state, 0, 0
+    hosts.announce("restore", newest.name)
+    restored = checkpoint.restore(newest, abstract(learner.state), rejected)
     for line in restored.rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if restored.host["data_fingerprint"] != data_fingerprint:
@@ -509,6 +644,15 @@ def resume(
     stream.cursor = restored.host["cursor"]
     print(f"resumed after step {restored.step}")
     return restored.arrays, restored.step, restored.host["version"]
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Its shapes, dtypes and shardings."""
+    import jax
+
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def check_lengths(c: Config, decoder: DecoderConfig) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
 from jaxrl.losses import grpo_loss, token_logprobs
-from jaxrl.mesh import batch_sharding, keep_rows, row_shards
+from jaxrl.mesh import keep_rows, put_rows, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
@@ -55,7 +55,7 @@ def make_optimizer(c: OptimizerSection) -> optax.GradientTransformation:
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A fresh state around `params`, which lie on `mesh`; moments lie as their parameters do."""
     replicated = NamedSharding(mesh, P())
-    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated)()
     shardings = opt_state_shardings(params, optimizer, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     return TrainState(params, opt_state, zero, jnp.copy(zero))
@@ -98,14 +98,15 @@ def make_update(
 ) -> Update:
     """Returns update(state, batch) -> (state, metrics): `make_step`, with the batch put on the mesh
     and its shapes counted. The state passed in is consumed. With `frozen` weights the state's
-    parameters are adapters, and only they change.
+    parameters are adapters, and only they change. Of several processes each passes the rows that
+    lie on its own devices (`mesh.rows_of_process`).
     """
     step = make_step(policy, optimizer, algorithm, c, temperature, mesh, state)
     shapes = set()
 
     def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
-        batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
+        batch = jax.tree.map(lambda x: put_rows(mesh, x), batch)
         state, metrics = step(state, batch, {} if frozen is None else frozen)
         return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
 

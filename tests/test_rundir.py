@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrl.rundir import RunDirError, VersionCounter, open_run
+from jaxrl.rundir import RunDirError, VersionCounter, check_shared, open_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -263,3 +263,17 @@ def test_no_version_is_used_twice_over_twelve_kills(tmp_path):
         used += [int(line) for line in log.read_text().split()]
     assert len(used) > 24
     assert used == sorted(set(used))
+
+
+def test_another_process_knows_whether_it_sees_the_same_directory(tmp_path):
+    with open_run(tmp_path / "a", text(), resume=False) as run:
+        assert str(os.getpid()) in run.holder
+        check_shared(tmp_path / "a", run.holder)
+        (tmp_path / "b").mkdir()
+        for elsewhere in (tmp_path / "b", tmp_path / "c"):
+            with pytest.raises(RunDirError, match="filesystem that all hosts share"):
+                check_shared(elsewhere, run.holder)
+        start(tmp_path / "d")  # a run of the same process on the same host, but over
+        (tmp_path / "d" / ".lock").write_text("pid 1 on elsewhere\n")
+        with pytest.raises(RunDirError, match=str(os.getpid())):
+            check_shared(tmp_path / "d", run.holder)

@@ -283,3 +283,22 @@ def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engi
     finally:
         fleet.close()
     assert "\n" not in str(refusal.value)
+
+
+def test_begin_returns_at_once_and_its_wait_gives_what_generate_gives(monkeypatch):
+    fleet, go_on = Fleet(FleetSettings(), None, "", []), threading.Event()
+    outcomes = iter([["group"], FleetError("no engine is left")])
+
+    def generate(*asked):
+        assert asked == ("prompts", "sampling", "seeds") and go_on.wait(20)
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(fleet, "generate", generate)
+    wait = fleet.begin("prompts", "sampling", "seeds")
+    go_on.set()
+    assert wait() == ["group"]
+    with pytest.raises(FleetError, match="no engine is left"):
+        fleet.begin("prompts", "sampling", "seeds")()
