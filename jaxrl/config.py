@@ -35,10 +35,11 @@ class ModelSection(Section):
         "dtype of the trainer's matrix products; master weights and logits are float32 always. "
         "auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
-    remat: bool = knob(
-        True,
-        "compute activations again in the backward pass instead of keeping them: a fraction of the "
-        "memory for up to a third more arithmetic",
+    remat: Literal["full", "attention", "dots", "none"] = knob(
+        "full",
+        "what the backward pass computes again instead of keeping it, least memory first. full: "
+        "all but a layer's input; attention: all but that and the output of its heads; dots: all "
+        "but that and the products with its weights, experts' excepted; none: nothing",
     )
     ignore_config_fields: list[str] = knob(
         [],

@@ -88,3 +88,11 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`x`, whose first axis is rows, held to lie as batches do; without a mesh, or where rows are
+    not a multiple of their shards, as XLA likes."""
+    if mesh is None or x.shape[0] % row_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh, x.ndim))

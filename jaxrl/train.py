@@ -346,7 +346,8 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
             lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
         )
         params = start(jax.random.key(c.run.seed))
-    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora.scale if lora else 0.0)
+    lora_scale = lora.scale if lora else 0.0
+    policy = Policy(decoder, jnp.dtype(compute), c.model.remat, lora_scale, mesh)
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
     return Learner(

@@ -20,13 +20,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
+from jaxrl.mesh import keep_rows
 from jaxrl.models.config import DecoderConfig, MoeConfig
 from jaxrl.models.params import ParamSpec, Path, tree_of
 from jaxrl.models.rope import Rope
 
 Params = Any  # the nested dict of `param_specs`, as jax arrays
 _OSS_ALPHA, _OSS_LIMIT = 1.702, 7.0  # of gpt-oss's gated activation
+
+# What the forward pass keeps of a layer for the backward pass, beside its input; the rest is
+# computed again. `attention` keeps what is named so, the heads' outputs; `dots` keeps the products
+# with weights, those of experts excepted.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
 
 
 class KVCache(NamedTuple):
@@ -110,7 +123,7 @@ class Attention(nnx.Module):
                 softcap=c.attention_softcap,
                 sinks_N=None if self.sinks is None else self.sinks[...],
             )
-        return self.output(mixed_BTNH), cache
+        return self.output(checkpoint_name(mixed_BTNH, "attention")), cache
 
 
 class Mlp(nnx.Module):
@@ -191,12 +204,21 @@ class Decoder(nnx.Module):
     """Token ids to hidden states. Built on the leaves of `param_specs`, stacked over layers."""
 
     def __init__(
-        self, params: Params, c: DecoderConfig, dtype: Any, remat: bool, lora_scale: float
+        self,
+        params: Params,
+        c: DecoderConfig,
+        dtype: Any,
+        remat: str,
+        lora_scale: float,
+        mesh: Mesh | None,
     ):
         self.embed = nnx.Param(params["embed"])
         self.layers = Block(params["layers"], c, dtype, lora_scale)
         self.final_norm = Norm(params["final_norm"]["scale"], c)
         self.config, self.dtype, self.remat = c, dtype, remat
+        # Else XLA may split hidden states as it finds the weights split, by their embed axis, and
+        # then every device computes every row's attention.
+        self.rows = functools.partial(keep_rows, mesh=mesh)
 
     def __call__(
         self,
@@ -220,7 +242,7 @@ class Decoder(nnx.Module):
             the slots are the tokens.
         """
         c = self.config
-        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype)
+        x_BTD = self.rows(jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype))
         if c.embedding_multiplier != 1.0:  # rounded to the compute dtype, as it is in the engines
             x_BTD = x_BTD * jnp.asarray(c.embedding_multiplier, self.dtype)
         if slot_positions_BS is None:
@@ -230,9 +252,11 @@ class Decoder(nnx.Module):
         contexts = contexts_of(c, positions_BT, mask_BTS, slot_positions_BS, self.dtype)
 
         def run(x_BTD, block, slides, layer_cache):
-            return block(x_BTD, contexts(slides), layer_cache, start)
+            y_BTD, layer_cache = block(self.rows(x_BTD), contexts(slides), layer_cache, start)
+            return self.rows(y_BTD), layer_cache
 
-        run = nnx.remat(run) if self.remat else run
+        policy = REMAT[self.remat]
+        run = run if policy is None else nnx.remat(run, policy=policy)
         scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
         slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
         x_BTD, cache = scan(x_BTD, self.layers, slides_L, cache)
@@ -242,20 +266,19 @@ class Decoder(nnx.Module):
 class Policy(NamedTuple):
     """What the trainer and the sampler need of a model: its configuration and how to apply it.
 
-    With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
-    of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
-    adapters that `params` may hold beside the leaves they adapt.
+    `remat` is a key of `REMAT`; gradients are the same with each. `lora_scale` is alpha / rank of
+    the adapters that `params` may hold beside the leaves they adapt.
     """
 
     config: DecoderConfig
     compute_dtype: Any
-    remat: bool = True
+    remat: str = "full"
     lora_scale: float = 0.0
+    mesh: Mesh | None = None
 
     def hidden(self, params: Params, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """`Decoder.__call__` as a pure function of `params`."""
-        decoder = Decoder(params, self.config, self.compute_dtype, self.remat, self.lora_scale)
-        return decoder(*args, **kwargs)
+        return Decoder(params, *self)(*args, **kwargs)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
