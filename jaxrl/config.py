@@ -167,6 +167,16 @@ class OptimizerSection(Section):
     beta2: float = knob(0.999, "decay of the second moment", ge=0.0, lt=1.0)
     eps: float = knob(1e-8, "AdamW epsilon", gt=0.0)
     weight_decay: float = knob(0.01, "decoupled weight decay", ge=0.0)
+    first_moment_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "dtype that Adam's first moment is kept in between updates. The second is float32 always: "
+        "a step changes it by 1 - beta2 of itself, which bfloat16 would round away",
+    )
+    offload: Literal["none", "host"] = knob(
+        "none",
+        "host: both moments lie in the memory of the hosts, pinned, and visit the devices a slice "
+        "at a time in the update; what is learned differs by rounding alone",
+    )
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this global norm", gt=0.0)
     max_skipped_updates: int = knob(
         3, "non-finite updates in a row that end the run", unit="updates", ge=1
@@ -317,6 +327,12 @@ def contradictions(c: Config) -> list[str]:
             f"update.max_tokens_per_microbatch = {microbatch} is less than one row: "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens need rows of "
             f"{row}; make it at least {row}, or lower one of the two"
+        )
+    if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:
+        found.append(
+            f"optimizer.beta1 = {c.optimizer.beta1}: a step changes the first moment by 1 - beta1 "
+            "of itself, and bfloat16 rounds away less than 2^-8; make it 0.996 or less, or set "
+            "optimizer.first_moment_dtype = float32"
         )
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)

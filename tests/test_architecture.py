@@ -26,7 +26,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["jaxrl.models.params"],
     ["jaxrl.mesh"],
     ["jaxrl.models.decoder", "jaxrl.models.lora", "bridge.names", "bridge.channels"],
-    ["jaxrl.advantages", "jaxrl.losses", "jaxrl.packing", "jaxrl.data"],
+    ["jaxrl.advantages", "jaxrl.losses", "jaxrl.optimizer", "jaxrl.packing", "jaxrl.data"],
     ["bridge.placing"],
     ["jaxrl.rewards.tasks"],
     ["jaxrl.rewards", "jaxrl.collect", "bridge.checkpoints", "bridge.export", "bridge.peft"],
