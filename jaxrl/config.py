@@ -214,7 +214,22 @@ class MeshSection(Section):
     fsdp: int = knob(
         1, "batch shards; parameters are split over this axis too", unit="devices", ge=1
     )
+    expert: int = knob(
+        1,
+        "batch shards; each has its part of the experts, and of other parameters too",
+        unit="devices",
+        ge=1,
+    )
     tensor: int = knob(1, "shards of heads, MLP width and vocabulary", unit="devices", ge=1)
+
+    @property
+    def row_shards(self) -> int:
+        """How many parts the rows of a batch are split into."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        return self.row_shards * self.tensor
 
 
 class PublishSection(Section):

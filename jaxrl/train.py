@@ -120,8 +120,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
                 mask_equal_rewards=c.algorithm.mask_equal_rewards,
             ),
         )
-        shards = c.mesh.data * c.mesh.fsdp
-        batch = pack(groups, advantages_PG, weights_PG, c.update, shards)
+        batch = pack(groups, advantages_PG, weights_PG, c.update, c.mesh.row_shards)
         state, update_metrics = parts.update(state, batch)
         metrics = {name: float(value) for name, value in update_metrics.items()}
         clock.lap("update")
@@ -202,6 +201,7 @@ def train(command: Command) -> int:
     model_dir = find_model(c.model.path)
     decoder = load_config(model_dir, c.model.ignore_config_fields)
     check_lengths(c, decoder)
+    check_mesh(c, decoder)
     trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
     tokenizer = load_tokenizer(model_dir, decoder)
     stream, held_out = open_data(c, tokenizer)
@@ -505,6 +505,21 @@ def check_lengths(c: Config, decoder: DecoderConfig) -> None:
     if not decoder.eos_token_ids:
         raise UserError(
             f"{c.model.path}: config.json has no eos_token_id: nothing ends a completion"
+        )
+
+
+def check_mesh(c: Config, decoder: DecoderConfig) -> None:
+    size, moe = c.mesh.expert, decoder.moe
+    if size > 1 and moe is None:
+        raise UserError(
+            f"mesh.expert = {size}: {c.model.path} has no experts to split; set it to 1, and make "
+            f"mesh.fsdp = {c.mesh.fsdp * size} to use the same devices"
+        )
+    if moe is not None and moe.num_experts % size:
+        fit = max(n for n in range(1, size) if moe.num_experts % n == 0)
+        raise UserError(
+            f"mesh.expert = {size} does not divide the {moe.num_experts} experts of "
+            f"{c.model.path}; the next that does is {fit}. mesh.fsdp takes any number of devices"
         )
 
 
