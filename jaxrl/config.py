@@ -35,10 +35,11 @@ class ModelSection(Section):
         "dtype of the trainer's matrix products; master weights and logits are float32 always. "
         "auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
-    remat: bool = knob(
-        True,
-        "compute activations again in the backward pass instead of keeping them: a fraction of the "
-        "memory for up to a third more arithmetic",
+    remat: Literal["full", "attention", "dots", "none"] = knob(
+        "full",
+        "what the backward pass computes again instead of keeping it, least memory first. full: "
+        "all but a layer's input; attention: all but that and the output of its heads; dots: all "
+        "but that and the products with its weights, experts' excepted; none: nothing",
     )
     ignore_config_fields: list[str] = knob(
         [],
@@ -172,6 +173,16 @@ class OptimizerSection(Section):
     beta2: float = knob(0.999, "decay of the second moment", ge=0.0, lt=1.0)
     eps: float = knob(1e-8, "AdamW epsilon", gt=0.0)
     weight_decay: float = knob(0.01, "decoupled weight decay", ge=0.0)
+    first_moment_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "dtype that Adam's first moment is kept in between updates. The second is float32 always: "
+        "a step changes it by 1 - beta2 of itself, which bfloat16 would round away",
+    )
+    offload: Literal["none", "host"] = knob(
+        "none",
+        "host: both moments lie in the memory of the hosts, pinned, and visit the devices a slice "
+        "at a time in the update; what is learned differs by rounding alone",
+    )
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this global norm", gt=0.0)
     max_skipped_updates: int = knob(
         3, "non-finite updates in a row that end the run", unit="updates", ge=1
@@ -209,7 +220,22 @@ class MeshSection(Section):
     fsdp: int = knob(
         1, "batch shards; parameters are split over this axis too", unit="devices", ge=1
     )
+    expert: int = knob(
+        1,
+        "batch shards; each has its part of the experts, and of other parameters too",
+        unit="devices",
+        ge=1,
+    )
     tensor: int = knob(1, "shards of heads, MLP width and vocabulary", unit="devices", ge=1)
+
+    @property
+    def row_shards(self) -> int:
+        """How many parts the rows of a batch are split into."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        return self.row_shards * self.tensor
 
 
 class HostsSection(Section):
@@ -346,6 +372,12 @@ def contradictions(c: Config) -> list[str]:
             f"{longest}, or lower one of the two"
         )
     found += _contradictions_of_hosts(c.hosts)
+    if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:
+        found.append(
+            f"optimizer.beta1 = {c.optimizer.beta1}: a step changes the first moment by 1 - beta1 "
+            "of itself, and bfloat16 rounds away less than 2^-8; make it 0.996 or less, or set "
+            "optimizer.first_moment_dtype = float32"
+        )
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)
         if value != off:

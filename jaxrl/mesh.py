@@ -1,6 +1,7 @@
 """The device mesh, and the one table that says how arrays lie on it."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,48 +14,57 @@ from jaxrl.config import MeshSection
 from jaxrl.models.params import ParamSpec, Path, tree_of
 from jaxrl.types import UserError
 
-# Logical axis -> mesh axis. Parameters are split over fsdp and tensor and copied over data; the
-# rows of a batch are split over data and fsdp.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "layers": None,  # scanned over
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "experts": None,
-    "rank": None,
-    "rows": ("data", "fsdp"),
-    "tokens": None,
+AXES = ("data", "fsdp", "expert", "tensor")
+
+# Logical axis -> mesh axes; of a leaf, each takes what those before it have left. Parameters are
+# split over all but data, over which they are copied. Rows of a batch are split over all but
+# tensor, by expert first: the rows of one index of `expert` then lie together.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),  # scanned over
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "rank": (),
+    "rows": ("expert", "data", "fsdp"),
+    "tokens": (),
 }
 
 
 def make_mesh(c: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """Over the first of `devices`, which are those that jax sees where none are given.
 
-    Raises UserError if the mesh asks for more than jax sees.
+    Raises UserError if the mesh asks for more than jax sees, or of several processes for fewer.
     """
     devices = jax.devices() if devices is None else devices
-    need, have = c.data * c.fsdp * c.tensor, len(devices)
+    sizes = [getattr(c, axis) for axis in AXES]
+    need, have = math.prod(sizes), len(devices)
+    asked = f"{_product(AXES)} = {' * '.join(map(str, sizes))} = {need} devices"
     if need > have:
-        raise UserError(
-            f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
-            f"devices, and jax sees {have} ({jax.default_backend()})"
-        )
+        raise UserError(f"{asked}, and jax sees {have} ({jax.default_backend()})")
     if need < have and jax.process_count() > 1:
         raise UserError(
-            f"mesh.data * mesh.fsdp * mesh.tensor = {c.data} * {c.fsdp} * {c.tensor} = {need} "
-            f"devices, and the {jax.process_count()} processes have {have}; the mesh must use all "
+            f"{asked}, and the {jax.process_count()} processes have {have}; the mesh must use all "
             "of them"
         )
-    axes = ("data", "fsdp", "tensor")
-    types = (AxisType.Auto,) * 3
-    return jax.make_mesh((c.data, c.fsdp, c.tensor), axes, axis_types=types, devices=devices[:need])
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:need])
 
 
-def partition(axes: tuple[str, ...]) -> P:
-    return P(*(RULES[axis] for axis in axes))
+def partition(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> P:
+    """How an array with these logical axes lies. With its shape, a dimension is split over as many
+    of its mesh axes, the first of them first, as divide it."""
+    parts, used = [], set()
+    for i, axis in enumerate(axes):
+        names = tuple(name for name in RULES[axis] if name not in used and mesh.shape[name] > 1)
+        while shape is not None and shape[i] % _ways(mesh, names):
+            names = names[:-1]
+        used.update(names)
+        parts.append(names[0] if len(names) == 1 else names or None)
+    return P(*parts)
 
 
 def param_shardings(specs: dict[Path, ParamSpec], mesh: Mesh) -> Any:
@@ -63,38 +73,45 @@ def param_shardings(specs: dict[Path, ParamSpec], mesh: Mesh) -> Any:
     A dimension that its mesh axis does not divide (one key/value head, an odd vocabulary) is kept
     whole on every device of that axis; `kept_whole` says which these are.
     """
-    shardings = {}
-    for path, spec in specs.items():
-        rules = [
-            RULES[axis] if _divides(mesh, axis, size) else None
-            for size, axis in zip(spec.shape, spec.axes, strict=True)
-        ]
-        shardings[path] = NamedSharding(mesh, P(*rules))
-    return tree_of(shardings)
+    return tree_of(
+        {
+            path: NamedSharding(mesh, partition(mesh, spec.axes, spec.shape))
+            for path, spec in specs.items()
+        }
+    )
 
 
 def kept_whole(specs: dict[Path, ParamSpec], mesh: Mesh) -> list[str]:
     """A line for each logical axis that could not be split: its size, and over what."""
-    dimensions = {
-        (axis, size)
-        for spec in specs.values()
-        for size, axis in zip(spec.shape, spec.axes, strict=True)
-    }
+    found = set()
+    for spec in specs.values():
+        asked, given = partition(mesh, spec.axes), partition(mesh, spec.axes, spec.shape)
+        found |= set(
+            zip(spec.axes, spec.shape, map(_names, asked), map(_names, given), strict=True)
+        )
     return [
-        f"{axis} = {size} is not a multiple of mesh.{RULES[axis]}, and is kept whole"
-        for axis, size in sorted(dimensions)
-        if not _divides(mesh, axis, size)
+        f"{axis} = {size} is not a multiple of {_product(asked)}, and is "
+        + (f"split over {_product(given)} alone" if given else "kept whole")
+        for axis, size, asked, given in sorted(found)
+        if asked != given
     ]
 
 
-def _divides(mesh: Mesh, axis: str, size: int) -> bool:
-    rule = RULES[axis]
-    return not isinstance(rule, str) or size % mesh.shape[rule] == 0
+def _product(names: tuple[str, ...]) -> str:
+    return " * ".join(f"mesh.{name}" for name in names)
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _ways(mesh: Mesh, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     """Of an array whose first axis is rows, of any rank."""
-    return NamedSharding(mesh, partition(("rows", *["tokens"] * (rank - 1))))
+    return NamedSharding(mesh, partition(mesh, ("rows", *["tokens"] * (rank - 1))))
 
 
 def put_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
@@ -126,7 +143,7 @@ def _copier(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 def row_shards(mesh: Mesh) -> int:
     """How many parts the rows of a batch are split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _ways(mesh, RULES["rows"])
 
 
 def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "run.name",
     "run.dir",
     "run.steps",
+    "model.remat",
     "update.*",
     "mesh.*",
     "hosts.*",
@@ -34,6 +35,7 @@ MAY_CHANGE = (
     "log.*",
     "rollout.timeout_s",
     "optimizer.max_skipped_updates",
+    "optimizer.offload",
 )
 _OWN_FILES = {".lock", "tmp.config.yaml"}  # what a start that was killed at once can leave
 

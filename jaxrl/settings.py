@@ -132,13 +132,12 @@ def to_yaml(config: Config) -> str:
 
 def describe(c: Config) -> str:
     """What a run of this configuration would start, without starting it."""
-    devices = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
+    axes = ", ".join(f"{axis} {size}" for axis, size in c.mesh)
     lines = [
         f"would train {c.model.path} for {c.run.steps} steps",
         f"of {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions of at most "
         f"{c.rollout.max_new_tokens} tokens",
-        f"on a mesh of {devices} devices (data {c.mesh.data}, fsdp {c.mesh.fsdp}, "
-        f"tensor {c.mesh.tensor})",
+        f"on a mesh of {c.mesh.devices} devices ({axes})",
         f"outputs go to {c.run_dir}",
     ]
     if c.hosts.coordinator == "auto":

@@ -154,7 +154,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             normalize_std=c.algorithm.normalize_std,
             mask_equal_rewards=c.algorithm.mask_equal_rewards,
         )
-        shards = c.mesh.data * c.mesh.fsdp
+        shards = c.mesh.row_shards
         batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost)
         state, update_metrics = parts.update(state, batch)
 
@@ -378,6 +378,7 @@ def open_model(c: Config) -> tuple[Path, DecoderConfig]:
     model_dir = find_model(c.model.path)
     decoder = load_config(model_dir, c.model.ignore_config_fields)
     check_lengths(c, decoder)
+    check_mesh(c, decoder)
     trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
     return model_dir, decoder
 
@@ -665,6 +666,21 @@ def check_lengths(c: Config, decoder: DecoderConfig) -> None:
     if not decoder.eos_token_ids:
         raise UserError(
             f"{c.model.path}: config.json has no eos_token_id: nothing ends a completion"
+        )
+
+
+def check_mesh(c: Config, decoder: DecoderConfig) -> None:
+    size, moe = c.mesh.expert, decoder.moe
+    if size > 1 and moe is None:
+        raise UserError(
+            f"mesh.expert = {size}: {c.model.path} has no experts to split; set it to 1, and make "
+            f"mesh.fsdp = {c.mesh.fsdp * size} to use the same devices"
+        )
+    if moe is not None and moe.num_experts % size:
+        fit = max(n for n in range(1, size) if moe.num_experts % n == 0)
+        raise UserError(
+            f"mesh.expert = {size} does not divide the {moe.num_experts} experts of "
+            f"{c.model.path}; the next that does is {fit}. mesh.fsdp takes any number of devices"
         )
 
 

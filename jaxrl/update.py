@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
@@ -16,8 +16,9 @@ from jaxrl.mesh import keep_rows, put_rows, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
+from jaxrl.optimizer import HOST, Optimizer
 from jaxrl.packing import rows_of_microbatch
-from jaxrl.types import TrainBatch
+from jaxrl.types import TrainBatch, UserError
 
 
 class TrainState(NamedTuple):
@@ -38,22 +39,30 @@ Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 Scores = tuple[jax.Array, jax.Array]  # log-probs and entropies of sampled tokens, float32 [B, C]
 
 
-def make_optimizer(c: OptimizerSection) -> optax.GradientTransformation:
+def make_optimizer(c: OptimizerSection) -> Optimizer:
     """Global-norm clipping, then AdamW with linear warm-up (Loshchilov and Hutter, 1711.05101)."""
-    return optax.chain(
-        optax.clip_by_global_norm(c.max_grad_norm),
-        optax.adamw(
-            lambda count: c.learning_rate * jnp.minimum(1.0, (count + 1) / max(c.warmup_steps, 1)),
-            b1=c.beta1,
-            b2=c.beta2,
-            eps=c.eps,
-            weight_decay=c.weight_decay,
-        ),
+    adamw = optax.adamw(
+        lambda count: c.learning_rate * jnp.minimum(1.0, (count + 1) / max(c.warmup_steps, 1)),
+        b1=c.beta1,
+        b2=c.beta2,
+        eps=c.eps,
+        mu_dtype=c.first_moment_dtype,
+        weight_decay=c.weight_decay,
     )
+    return Optimizer(optax.clip_by_global_norm(c.max_grad_norm), adamw, c.offload)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh state around `params`, which lie on `mesh`; moments lie as their parameters do."""
+def init_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """A fresh state around `params`, which lie on `mesh`; moments lie as their parameters do.
+
+    Raises UserError if the devices do not reach the memory that moments are to lie in.
+    """
+    kinds = sorted(memory.kind for memory in mesh.devices.flat[0].addressable_memories())
+    if optimizer.offload == "host" and HOST not in kinds:
+        raise UserError(
+            f"optimizer.offload = host needs {HOST} memory, and these devices "
+            f"({jax.default_backend()}) reach {', '.join(kinds)}; set it to none"
+        )
     replicated = NamedSharding(mesh, P())
     zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated)()
     shardings = opt_state_shardings(params, optimizer, mesh)
@@ -61,20 +70,24 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     return TrainState(params, opt_state, zero, jnp.copy(zero))
 
 
-def opt_state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Each leaf that mirrors a parameter gets its sharding, every other one is replicated."""
+def opt_state_shardings(params: Params, optimizer: Optimizer, mesh: Mesh) -> Any:
+    """Each leaf that mirrors a parameter gets its sharding, in host memory if that is where moments
+    lie; every other one is replicated."""
+
+    def beside(param: jax.Array) -> Sharding:
+        host = optimizer.offload == "host"
+        return param.sharding.with_memory_kind(HOST) if host else param.sharding
+
     return optax.tree_map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        lambda _, param: beside(param),
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
 
 
-def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """`init_state` without arrays: shapes, dtypes and shardings, for `params` that are so too."""
     replicated = NamedSharding(mesh, P())
     opt_state = jax.tree.map(
@@ -88,7 +101,7 @@ def abstract_state(
 
 def make_update(
     policy: Policy,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     algorithm: AlgorithmSection,
     c: UpdateSection,
     temperature: float,
@@ -115,7 +128,7 @@ def make_update(
 
 def make_step(
     policy: Policy,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     algorithm: AlgorithmSection,
     c: UpdateSection,
     temperature: float,
@@ -144,24 +157,24 @@ def make_step(
         correction_cap=algorithm.correction_cap if algorithm.correction == "token_tis" else None,
     )
     gradient = make_gradient(policy, objective, c, temperature, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: TrainState, batch: TrainBatch, frozen: Params) -> tuple[TrainState, Metrics]:
         grads, (logprobs_BC, entropy_BC) = gradient(state.params, frozen, batch)
         # Of the whole batch, however its gradient was split.
         loss, metrics = objective(logprobs_BC, logprobs_BC, batch)
         tokens = batch.loss_mask_BC.sum()
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(changes)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        grad_norm = optax.tree.norm(grads)
+        # Clipped, a finite gradient gives finite moments and changes. To look at those as well
+        # would keep the old and the new moments of all parameters at the same time.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         apply = finite & (tokens > 0)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(apply, n, o), new, old)
-
+        params, opt_state, update_norm = optimizer.apply(
+            grads, state.opt_state, state.params, apply, shardings.params
+        )
         state = TrainState(
-            keep(params, state.params),
-            keep(opt_state, state.opt_state),
+            params,
+            opt_state,
             state.step + 1,
             jnp.where(apply, 0, state.skipped_in_a_row + ~finite),
         )
@@ -175,7 +188,6 @@ def make_step(
         }
         return state, metrics
 
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
 
 

@@ -124,6 +124,10 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
         ({"data__task": None}, ["needs data.task"]),
         ({"data__source": "jsonl", "reward__kind": "exact"}, ["needs data.path"]),
         ({"data__source": "jsonl", "data__path": "x"}, ["reward.kind: exact"]),
+        (
+            {"optimizer__first_moment_dtype": "bfloat16", "optimizer__beta1": 0.999},
+            ["optimizer.beta1 = 0.999", "make it 0.996 or less"],
+        ),
         ({"run__steps": 5}, ["optimizer.warmup_steps = 10", "run.steps = 5"]),
     ],
 )

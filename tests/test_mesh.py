@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import MeshSection
-from jaxrl.mesh import RULES, batch_sharding, kept_whole, make_mesh, param_shardings
+from jaxrl.mesh import RULES, batch_sharding, kept_whole, make_mesh, param_shardings, row_shards
 from jaxrl.models.config import DecoderConfig, LoraConfig, MoeConfig
 from jaxrl.models.params import lora_specs, param_specs
 from jaxrl.models.rope import Rope
@@ -70,25 +70,33 @@ def test_on_one_device_nothing_is_split():
 
 @pytest.mark.parametrize(
     ("axes", "part"),
-    [({"data": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"tensor": 8}, 8), ({}, 8)],
+    [
+        ({"data": 8}, 1),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ({"tensor": 8}, 8),
+        ({}, 8),
+        ({"fsdp": 2, "expert": 4}, 1),
+    ],
 )
-def test_rows_of_a_batch_are_split_over_data_and_fsdp(axes, part):
+def test_rows_of_a_batch_are_split_over_all_but_tensor(axes, part):
     mesh = make_mesh(MeshSection(**axes))
+    assert row_shards(mesh) == MeshSection(**axes).row_shards == 8 // part
+    assert MeshSection(**axes).devices == mesh.size
     for shape in ((8,), (8, 5), (8, 5, 3)):
         assert batch_sharding(mesh, len(shape)).shard_shape(shape) == (part, *shape[1:])
 
 
 def test_a_mesh_takes_the_first_devices_in_order():
     mesh = make_mesh(MeshSection(data=2, tensor=2))
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert mesh.devices.shape == (2, 1, 2)
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.devices.shape == (2, 1, 1, 2)
     assert set(mesh.devices.ravel()) == set(jax.devices()[:4])
     x = jax.device_put(np.arange(8), jax.NamedSharding(mesh, P("data")))
     assert np.array_equal(jax.jit(lambda x: x + 1)(x), np.arange(1, 9))
 
 
 def test_too_few_devices_is_an_error_that_says_how_many_there_are():
-    with pytest.raises(UserError, match=r"2 \* 3 \* 2 = 12 devices, and jax sees 8 \(cpu\)"):
+    with pytest.raises(UserError, match=r"2 \* 3 \* 1 \* 2 = 12 devices, and jax sees 8 \(cpu\)"):
         make_mesh(MeshSection(data=2, fsdp=3, tensor=2))
 
 
@@ -135,6 +143,27 @@ def test_every_expert_is_split_as_an_mlp_is():
     }
 
 
+def test_experts_are_split_over_their_axis_and_all_else_over_fsdp_and_expert():
+    moe = MoeConfig(6, 2, 24, True, "qwen3")
+    config = dataclasses.replace(CONFIG, moe=moe)
+    shapes = shard_shapes(config, fsdp=2, expert=2, tensor=2)
+    assert shapes["layers/moe/router"] == (3, 8, 6)
+    assert shapes["layers/moe/gate"] == shapes["layers/moe/up"] == (3, 3, 16, 12)
+    assert shapes["layers/moe/down"] == (3, 3, 12, 16)
+    assert shapes["embed"] == (32, 8)
+    assert shapes["layers/attention/output"] == (3, 2, 16, 8)
+    assert shapes["final_norm/scale"] == (8,)
+
+
+def test_what_two_axes_do_not_divide_is_split_over_the_first_alone():
+    config = dataclasses.replace(CONFIG, hidden_size=30)
+    axes = {"fsdp": 2, "expert": 2}
+    assert shard_shapes(config, **axes)["embed"] == (64, 15)
+    assert kept_whole(param_specs(config), make_mesh(MeshSection(**axes))) == [
+        "embed = 30 is not a multiple of mesh.fsdp * mesh.expert, and is split over mesh.fsdp alone"
+    ]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -154,5 +183,3 @@ def test_every_axis_of_every_parameter_has_a_rule_and_a_size(changes):
     for path, spec in specs.items():
         assert len(spec.axes) == len(spec.shape), path
         assert set(spec.axes) <= RULES.keys(), path
-        used = [RULES[axis] for axis in spec.axes if RULES[axis]]
-        assert len(used) == len(set(used)), f"{path}: two dimensions on one mesh axis"

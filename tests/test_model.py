@@ -1,6 +1,7 @@
 """The policy is the model that its Hugging Face directory describes, read and written exactly."""
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from bridge.checkpoints import load_params, save_model
 from bridge.export import make_exporter
 from bridge.names import expected_tensors
-from jaxrl.config import MeshSection
-from jaxrl.mesh import make_mesh, param_shardings
+from jaxrl.config import MeshSection, ModelSection
+from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
 from jaxrl.models.attention import Masked
 from jaxrl.models.config import DecoderConfig, load_config
-from jaxrl.models.decoder import Policy, empty_cache, init_params
+from jaxrl.models.decoder import REMAT, Policy, empty_cache, init_params
 from jaxrl.models.params import param_specs
 from jaxrl.models.rope import Rope
 from jaxrl.types import UserError
@@ -197,23 +198,49 @@ def test_a_mesh_of_data_fsdp_and_tensor_gives_the_same_logits(directory, loaded)
 
 def test_what_is_computed_again_in_the_backward_pass_gives_the_same_gradient(loaded):
     policy, params = loaded
+    assert set(get_args(ModelSection.model_fields["remat"].annotation)) == REMAT.keys()
+    tokens_BT = np.tile(TOKENS_BT, (8, 4))
 
-    def value_and_grad(policy):
+    def value_and_grad(remat):
         def loss(params):
-            return (policy.logits(params, TOKENS_BT) ** 2).mean()
+            return (policy._replace(remat=remat).logits(params, tokens_BT) ** 2).mean()
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-        memory = compiled.memory_analysis()
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         assert memory is not None
-        return compiled(params), memory.temp_size_in_bytes
+        return compiled(params), memory.temp_size_in_bytes, cost["flops"]
 
-    (kept, kept_grads), kept_bytes = value_and_grad(policy._replace(remat=False))
-    (again, again_grads), again_bytes = value_and_grad(policy._replace(remat=True))
-    np.testing.assert_allclose(again, kept, rtol=1e-6)
-    jax.tree.map(
-        lambda a, k: np.testing.assert_allclose(a, k, rtol=1e-4, atol=1e-7), again_grads, kept_grads
-    )
-    assert again_bytes < kept_bytes
+    (kept, kept_grads), *kept_costs = value_and_grad("none")
+    found = {"none": kept_costs}
+    for remat in ("dots", "attention", "full"):
+        (again, again_grads), *found[remat] = value_and_grad(remat)
+        np.testing.assert_allclose(again, kept, rtol=1e-6)
+        jax.tree.map(
+            lambda a, k: np.testing.assert_allclose(a, k, rtol=1e-4, atol=1e-7),
+            again_grads,
+            kept_grads,
+        )
+    temporary, flops = ({remat: cost[i] for remat, cost in found.items()} for i in (0, 1))
+    assert temporary["full"] < temporary["dots"] < temporary["none"]
+    assert flops["full"] > flops["attention"] > flops["dots"] > flops["none"]
+
+
+def test_each_device_of_a_mesh_computes_its_own_rows_and_no_others(loaded):
+    """Weights are split by their embed axis: left alone, XLA splits hidden states by it too."""
+    policy, params = loaded
+    mesh = make_mesh(MeshSection(fsdp=4))
+    shardings = param_shardings(param_specs(policy.config), mesh)
+    tokens_BT = np.tile(TOKENS_BT, (4, 2))
+
+    def flops(policy, params, tokens_BT):
+        def loss(params, tokens_BT):
+            return (policy.hidden_of_rows(params, tokens_BT) ** 2).mean()
+
+        return jax.jit(jax.grad(loss)).lower(params, tokens_BT).compile().cost_analysis()["flops"]
+
+    rows = jax.device_put(tokens_BT, batch_sharding(mesh, 2))
+    of_four = flops(policy._replace(mesh=mesh), jax.device_put(params, shardings), rows)
+    assert of_four < 1.1 * flops(policy, params, tokens_BT) / 4
 
 
 def test_bfloat16_computation_gives_float32_logits_near_the_reference(loaded, reference):

@@ -326,6 +326,7 @@ BAD_INPUT = {
     ),
     "unknown task": lambda f: (["--data.task=no_such_task"], "no_such_task"),
     "too few devices": lambda f: (["--mesh.data=2"], "2 devices, and jax sees 1"),
+    "no experts": lambda f: (["--mesh.expert=2"], "no experts to split; set it to 1"),
     "too long": lambda f: (["--rollout.max_new_tokens=4096"], "512 positions"),
 }
 

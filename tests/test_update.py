@@ -1,5 +1,6 @@
 """An update is the torch one on the transformers model, on any mesh; a bad one never happened."""
 
+import functools
 import logging
 import math
 from types import SimpleNamespace
@@ -12,14 +13,17 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl import checkpoint
 from jaxrl.config import AlgorithmSection, MeshSection, OptimizerSection, UpdateSection
+from jaxrl.losses import grpo_loss
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
+from jaxrl.optimizer import slicing
 from jaxrl.packing import pack, rows_of_microbatch
-from jaxrl.types import Group, Prompt, Rollout, TrainBatch
-from jaxrl.update import init_state, make_optimizer, make_update
+from jaxrl.types import Group, Prompt, Rollout, TrainBatch, UserError
+from jaxrl.update import init_state, make_gradient, make_optimizer, make_update
 from tests.reference_policy import VOCAB, make_reference, params_of, save_reference
 
 # eps is far above the rounding of a gradient, or Adam would blow that up to a whole step.
@@ -156,10 +160,13 @@ class TorchUpdate:
 class Learner:
     """Ours, on a mesh."""
 
-    def __init__(self, config, params, mesh: str, c: UpdateSection = LAYOUTS["shared"]):
+    def __init__(
+        self, config, params, mesh: str, c: UpdateSection = LAYOUTS["shared"], **optimizer
+    ):
         self.mesh, self.c = make_mesh(MESHES[mesh]), c
         self.shardings = param_shardings(param_specs(config), self.mesh)
-        self.optimizer, policy = make_optimizer(OPTIMIZER), Policy(config, jnp.float32)
+        self.optimizer = make_optimizer(OPTIMIZER.model_copy(update=optimizer))
+        policy = Policy(config, jnp.float32, mesh=self.mesh)
         self.update = make_update(
             policy, self.optimizer, ALGORITHM, c, TEMPERATURE, self.mesh, self.start(params)
         )
@@ -339,7 +346,8 @@ def test_the_rows_of_a_batch_are_split_over_data_and_fsdp(layout, sampled):
     batch = pack(*sampled[0], LAYOUTS[layout], SHARDS)
     update(state, batch)
     B, T = batch.tokens_BT.shape
-    rows = rows_of_microbatch(T, LAYOUTS[layout], SHARDS) or B
+    limit = LAYOUTS[layout].max_tokens_per_microbatch or B * T
+    rows = rows_of_microbatch(B, T, limit, SHARDS)
     assert seen and {sharding.shard_shape((rows, T)) for sharding in seen} == {(rows // 4, T)}
 
 
@@ -360,7 +368,7 @@ def test_updates_of_one_shape_are_compiled_once(batches, caplog):
         assert any("step" in message for message in compiled())  # one that is, is noticed
 
 
-@pytest.mark.parametrize(("logits_mib", "most"), [(1, 2), (2, 4), (160, 3 * 32)])
+@pytest.mark.parametrize(("logits_mib", "most"), [(1, 2), (2, 4), (160, 80)])
 def test_logits_of_as_many_tokens_exist_as_the_knob_allows(logits_mib, most, sampled):
     seen = []
 
@@ -373,6 +381,105 @@ def test_logits_of_as_many_tokens_exist_as_the_knob_allows(logits_mib, most, sam
     update, state = Watching(vocab_size=2**17).learner(c=c)  # half a MiB of logits a token
     update(state, pack(*sampled[0], c))
     assert set(seen) == {most}
+
+
+# --- where moments lie, and in what ---
+
+
+def moments(state):
+    return [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+
+
+def test_moments_in_host_memory_change_nothing_and_stay_there(config, params, batches, tmp_path):
+    here = Learner(config, params, "mesh")
+    hosted = Learner(config, params, "mesh", offload="host")
+    near, far = here.start(params), hosted.start(params)
+    for batch in batches[::2]:
+        near, _ = here.update(near, batch)
+        before = far
+        far, _ = hosted.update(far, batch)
+        assert {leaf.sharding.memory_kind for leaf in moments(far)} == {"pinned_host"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(far.params)} == {"device"}
+        assert all(leaf.is_deleted() for leaf in moments(before))
+        for a, b in zip(moments(near), moments(far), strict=True):
+            assert a.sharding.spec == b.sharding.spec
+        assert_close(host(far), host(near), 1e-6)  # other fusions round otherwise
+    before = host(far)
+    far, _ = hosted.update(far, spoil(batches[1], np.nan))
+    assert_bitwise(host(far.params), before.params)
+    assert_bitwise(host(far.opt_state), before.opt_state)
+
+    checkpoint.save(tmp_path, 3, far, {}, keep=1)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), far
+    )
+    restored = checkpoint.restore_newest(tmp_path, abstract)
+    assert restored is not None
+    assert_bitwise(host(restored.arrays), host(far))
+    assert jax.tree.map(lambda x: x.sharding, restored.arrays) == jax.tree.map(
+        lambda x: x.sharding, far
+    )
+
+
+def test_memory_that_devices_do_not_reach_is_refused(params, single, monkeypatch):
+    optimizer = make_optimizer(OPTIMIZER.model_copy(update={"offload": "host"}))
+    monkeypatch.setattr("jaxrl.update.HOST", "far_host")
+    monkeypatch.setattr("jaxrl.optimizer.HOST", "far_host")
+    with pytest.raises(UserError, match=r"= host needs far_host memory.* \(cpu\) reach .*; set it"):
+        init_state(params, optimizer, single.mesh)
+
+
+@pytest.mark.parametrize(
+    ("shape", "local", "expected"),
+    [
+        ((28, 1024, 3072), (28, 64, 3072), (0, 28)),  # layers
+        ((28, 128), (28, 128), (0, 1)),  # too few of them for the tiles
+        ((48, 128, 2048, 768), (48, 16, 256, 768), (0, 48)),
+        ((151936, 1024), (151936, 64), (0, 8)),  # 18,992 rows each, a multiple of 16
+        ((1024, 151936), (64, 151936), (0, 1)),  # 1187 x 128 columns: nothing divides them
+        ((64, 4096), (64, 4096), (1, 32)),
+        ((1024,), (64,), (0, 1)),
+    ],
+)
+def test_slices_are_whole_tiles_of_an_axis_that_no_device_splits(shape, local, expected):
+    assert slicing(shape, local) == expected
+
+
+def test_a_first_moment_in_bfloat16_halves_it_and_little_else(config, params, batches):
+    exact, rounded = (
+        Learner(config, params, "one_device", first_moment_dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    one, other = exact.start(params), rounded.start(params)
+    for batch in batches:
+        one, _ = exact.update(one, batch)
+        other, _ = rounded.update(other, batch)
+    adam = other.opt_state[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(other.params)} == {jnp.dtype("float32")}
+    assert_close(host(other.params), host(one.params), 1e-4)  # of steps of 3e-3 at most
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), host(other.params), host(one.params))
+    assert max(jax.tree.leaves(moved)) > 1e-7
+
+
+def test_gradients_of_bfloat16_products_add_up_in_float32(sampled):
+    class Rounding(Bigram):
+        def unembed(self, params, hidden):
+            table = params["table"].astype(jnp.bfloat16)
+            return (hidden.astype(jnp.bfloat16) @ table).astype(jnp.float32)
+
+    c = UpdateSection(row_tokens=16, max_tokens_per_microbatch=16)
+    mesh, table = make_mesh(MESHES["one_device"]), jnp.sin(jnp.arange(VOCAB**2.0))
+    params = {"table": table.reshape(VOCAB, VOCAB)}
+    objective = functools.partial(grpo_loss, clip_low=0.2, clip_high=0.2, correction_cap=None)
+    gradient = jax.jit(make_gradient(Rounding(), objective, c, TEMPERATURE, mesh))
+    batch = pack(*sampled[0], c)
+    copies = 2**9  # the last of as many equal terms changes a bfloat16 sum by nothing
+    many = jax.tree.map(lambda x: np.concatenate([x] * copies), batch)
+    one, same = gradient(params, {}, batch)[0], gradient(params, {}, many)[0]
+    assert same["table"].dtype == jnp.float32
+    np.testing.assert_allclose(same["table"], one["table"], rtol=1e-4, atol=1e-7)
 
 
 # --- updates that must not happen ---
@@ -450,5 +557,5 @@ def test_the_learning_rate_rises_to_its_value_in_warmup_steps(warmup, factors):
     params = jnp.zeros(2)
     state = optimizer.init(params)
     for factor in factors:
-        change, state = optimizer.update(jnp.array([0.3, -0.2]), state, params)
+        change, state = optimizer.adamw.update(jnp.array([0.3, -0.2]), state, params)
         np.testing.assert_allclose(change, [-0.1 * factor, 0.1 * factor], rtol=1e-5)

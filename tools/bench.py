@@ -78,7 +78,7 @@ def bench_update() -> None:
         y = jnp.tensordot(x, w, axes=(tuple(range(-inputs, 0)), tuple(range(inputs))))
         return y if dtype is None else y.astype(dtype)
 
-    def gradient(remat: bool, project: Callable) -> Callable[[], Any]:
+    def gradient(remat: str, project: Callable) -> Callable[[], Any]:
         policy = decoder.Policy(DEMO, jnp.float32, remat)
         ours, decoder.project = decoder.project, project
         try:  # traced here, once, with the projection that is to be timed
@@ -89,10 +89,10 @@ def bench_update() -> None:
 
     interleaved(
         {
-            "as it is: matrix products, remat": gradient(True, decoder.project),
-            "matrix products, activations kept": gradient(False, decoder.project),
-            "contractions, remat": gradient(True, einsum),
-            "contractions, activations kept": gradient(False, einsum),
+            "as it is: matrix products, remat": gradient("full", decoder.project),
+            "matrix products, activations kept": gradient("none", decoder.project),
+            "contractions, remat": gradient("full", einsum),
+            "contractions, activations kept": gradient("none", einsum),
         }
     )
     wide = dataclasses.replace(

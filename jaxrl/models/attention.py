@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxrl.mesh import batch_sharding, row_shards
 from jaxrl.models.config import DecoderConfig
 from jaxrl.types import UserError
 
@@ -137,7 +138,7 @@ def make_attend(
 
 def _on_mesh(seen: Packed, mesh: Mesh | None) -> bool:
     """Whether the mesh divides the rows: a single probe row it does not."""
-    return mesh is None or seen.group_BT.shape[0] % (mesh.size // mesh.shape["tensor"]) == 0
+    return mesh is None or seen.group_BT.shape[0] % row_shards(mesh) == 0
 
 
 def scale_of(c: DecoderConfig) -> float:
@@ -313,7 +314,7 @@ def _splash(c: DecoderConfig, seen: Packed, mesh: Mesh | None, interpret: bool) 
             k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
         run: Callable[..., jax.Array] = on_device
         if mesh is not None:
-            rows = P(tuple(name for name in mesh.axis_names if name != "tensor"))
+            rows = batch_sharding(mesh, 1).spec
             heads = P(*rows, None, "tensor" if split else None)
             run = jax.shard_map(
                 on_device,

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxrl.mesh import keep_rows
+from jaxrl.mesh import batch_sharding, keep_rows, partition, row_shards
 from jaxrl.models.attention import Attend, Backend, Masked, Packed, make_attend
 from jaxrl.models.config import DecoderConfig, MoeConfig
 from jaxrl.models.params import ParamSpec, Path, tree_of
@@ -30,6 +32,16 @@ from jaxrl.models.rope import Rope
 
 Params = Any  # the nested dict of `param_specs`, as jax arrays
 _OSS_ALPHA, _OSS_LIMIT = 1.702, 7.0  # of gpt-oss's gated activation
+
+# What the forward pass keeps of a layer for the backward pass, beside its input; the rest is
+# computed again. `attention` keeps what is named so, the heads' outputs; `dots` keeps the products
+# with weights, those of experts excepted.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
 
 
 # For what is cheap to compute: the gradient keeps its inputs alone, and none of the float32 values
@@ -117,7 +129,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             sinks_N = None if self.sinks is None else self.sinks[...]
             mixed_BTNH = context.attend(q_BTNH, keys, values, sinks_N, context.slides)
-        return self.output(mixed_BTNH), cache
+        return self.output(checkpoint_name(mixed_BTNH, "attention")), cache
 
 
 class Mlp(nnx.Module):
@@ -133,34 +145,99 @@ class Mlp(nnx.Module):
 class Experts(nnx.Module):
     """Every token goes through the few experts that the router gives it the most weight for.
 
-    Rows are sorted by expert, so that each expert multiplies one run of rows (`ragged_dot`).
+    On a mesh each device brings the tokens of its rows. Those of the devices along `expert` are
+    gathered, each device runs them through the experts that it holds, and the sums are scattered
+    back. With as many experts to a token as devices on that axis, or more, this moves no more than
+    sending each token only where it is wanted; it drops none, and its shapes do not depend on
+    where tokens go.
     """
 
-    def __init__(self, leaves: dict[str, Any], moe: MoeConfig, c: DecoderConfig, dtype: Any):
+    def __init__(
+        self,
+        leaves: dict[str, Any],
+        moe: MoeConfig,
+        c: DecoderConfig,
+        dtype: Any,
+        mesh: Mesh | None,
+    ):
         self.router = Linear(leaves, "router", dtype)
         self.leaves = nnx.data({n: nnx.Param(w) for n, w in leaves.items() if "router" not in n})
-        self.moe, self.activation, self.dtype = moe, c.activation, dtype
+        self.moe, self.activation, self.dtype, self.mesh = moe, c.activation, dtype, mesh
 
     def __call__(self, x_BTD):
-        moe, x_ND = self.moe, x_BTD.reshape(-1, x_BTD.shape[-1])
         with jax.named_scope("router"):
-            shares_NE = jax.nn.softmax(self.router(x_ND).astype(jnp.float32), axis=-1)
-            shares_NC, chosen_NC = jax.lax.top_k(shares_NE, moe.experts_per_token)
-            if moe.normalize:
-                shares_NC /= shares_NC.sum(axis=-1, keepdims=True)
-        order_R = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # R = N * C rows, by expert
-        expert_R, token_R = chosen_NC.reshape(-1)[order_R], order_R // moe.experts_per_token
-        rows_E = jnp.bincount(expert_R, length=moe.num_experts).astype(jnp.int32)
+            shares_BTE = jax.nn.softmax(self.router(x_BTD).astype(jnp.float32), axis=-1)
+            shares_BTC, chosen_BTC = jax.lax.top_k(shares_BTE, self.moe.experts_per_token)
+            if self.moe.normalize:
+                shares_BTC /= shares_BTC.sum(axis=-1, keepdims=True)
+        leaves = {name: leaf[...].astype(self.dtype) for name, leaf in self.leaves.items()}
         with jax.named_scope("experts"):
-            y_RD = self._run(x_ND[token_R], expert_R, rows_E)
-        weighted_RD = y_RD * shares_NC.reshape(-1)[order_R, None].astype(y_RD.dtype)
+            if self.mesh is None or self.mesh.size == 1:
+                return self._run(x_BTD, shares_BTC, chosen_BTC, leaves)
+            return self._run_on_mesh(self.mesh, x_BTD, shares_BTC, chosen_BTC, leaves)
+
+    def _run_on_mesh(self, mesh: Mesh, x_BTD, shares_BTC, chosen_BTC, leaves):
+        split = x_BTD.shape[0] % row_shards(mesh) == 0
+        rows = batch_sharding(mesh, 3).spec if split else P()
+        specs = {name: self._layout(mesh, name, leaf, split) for name, leaf in leaves.items()}
+        across = self.moe.intermediate_size % mesh.shape["tensor"] == 0
+
+        def run(x_BTD, shares_BTC, chosen_BTC, leaves):
+            if split:
+                x_BTD, shares_BTC, chosen_BTC = (
+                    jax.lax.all_gather(x, "expert", tiled=True)
+                    for x in (x_BTD, shares_BTC, chosen_BTC)
+                )
+                leaves = {name: _whole(leaf, specs[name], "fsdp") for name, leaf in leaves.items()}
+            first = jax.lax.axis_index("expert") * len(leaves["down"])
+            if across and "down_bias" in leaves:  # added once, not on every device of `tensor`
+                once = jax.lax.axis_index("tensor") == 0
+                leaves["down_bias"] = jnp.where(once, leaves["down_bias"], 0)
+            y_BTD = self._run(x_BTD, shares_BTC, chosen_BTC - first, leaves)
+            y_BTD = jax.lax.psum(y_BTD, "tensor") if across else y_BTD
+            if split:
+                return jax.lax.psum_scatter(y_BTD, "expert", tiled=True)
+            return jax.lax.psum(y_BTD, "expert")
+
+        on_mesh = jax.shard_map(
+            run, mesh=mesh, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False
+        )
+        return on_mesh(x_BTD, shares_BTC, chosen_BTC, leaves)
+
+    def _layout(self, mesh: Mesh, name: str, leaf: jax.Array, split: bool) -> P:
+        """How a leaf, without its axis of layers, enters `run`: as it lies, as far as it can."""
+        inputs, output = ("mlp", "embed") if name.startswith("down") else ("embed", "mlp")
+        axes = ("experts", output) if name.endswith("_bias") else ("experts", inputs, output)
+        whole = {"embed"} if not split else set()
+        if self.moe.intermediate_size % mesh.shape["tensor"]:
+            whole.add("mlp")
+        axes = tuple("tokens" if axis in whole else axis for axis in axes)
+        return partition(mesh, axes, leaf.shape)
+
+    def _run(self, x_BTD, shares_BTC, chosen_BTC, leaves):
+        """What the experts in `leaves`, of which `chosen_BTC` counts from 0, make of the tokens.
+
+        Choices below 0 or past the last are of experts elsewhere, and add nothing. Rows, a token
+        for each of its choices, are sorted so that each expert multiplies one run (`ragged_dot`).
+        """
+        x_ND, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), len(leaves["down"])
+        chosen_R, shares_R = chosen_BTC.reshape(-1), shares_BTC.reshape(-1)
+        here_R = (chosen_R >= 0) & (chosen_R < experts)
+        chosen_R = jnp.where(here_R, chosen_R, experts)  # those elsewhere come last
+        order_R = jnp.argsort(chosen_R, stable=True)
+        token_R = order_R // chosen_BTC.shape[-1]
+        y_RD = self._feed_forward(x_ND[token_R], chosen_R[order_R], leaves)
+        weighted_RD = y_RD * shares_R[order_R, None].astype(y_RD.dtype)
         return jnp.zeros_like(x_ND).at[token_R].add(weighted_RD).reshape(x_BTD.shape)
 
-    def _run(self, x_RD, expert_R, rows_E):
+    def _feed_forward(self, x_RD, expert_R, leaves):
+        experts = len(leaves["down"])
+        rows_E = jnp.bincount(expert_R, length=experts).astype(jnp.int32)
+
         def product(x, name):
-            y = jax.lax.ragged_dot(x, self.leaves[name][...].astype(self.dtype), rows_E)
-            bias = self.leaves.get(f"{name}_bias")
-            return y if bias is None else y + bias[...].astype(self.dtype)[expert_R]
+            y, bias_EF = jax.lax.ragged_dot(x, leaves[name], rows_E), leaves.get(f"{name}_bias")
+            y = y if bias_EF is None else y + bias_EF[expert_R]
+            return jnp.where(expert_R[:, None] < experts, y, 0)  # no backend promises zeros there
 
         if self.moe.layout == "gpt_oss":
             both = product(x_RD, "gate_up")
@@ -171,13 +248,28 @@ class Experts(nnx.Module):
         return product(hidden, "down")
 
 
+def _whole(x: jax.Array, spec: P, axis: str) -> jax.Array:
+    """`x`, gathered where it is split over `axis` of the mesh."""
+    for dimension, part in enumerate(spec):
+        if part == axis:
+            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+    return x
+
+
 class Block(nnx.Module):
-    def __init__(self, leaves: dict[str, Any], c: DecoderConfig, dtype: Any, lora_scale: float):
+    def __init__(
+        self,
+        leaves: dict[str, Any],
+        c: DecoderConfig,
+        dtype: Any,
+        lora_scale: float,
+        mesh: Mesh | None,
+    ):
         norms = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         self.norms = nnx.data({n: Norm(leaves[n]["scale"], c) for n in norms if n in leaves})
         self.attention = Attention(leaves["attention"], c, dtype, lora_scale)
         if c.moe:
-            self.mlp = Experts(leaves["moe"], c.moe, c, dtype)
+            self.mlp = Experts(leaves["moe"], c.moe, c, dtype, mesh)
         else:
             self.mlp = Mlp(leaves["mlp"], c, dtype, lora_scale)
         self.residual = c.residual_multiplier
@@ -198,7 +290,7 @@ class Decoder(nnx.Module):
     def __init__(self, params: Params, policy: "Policy"):
         c, dtype = policy.config, policy.compute_dtype
         self.embed = nnx.Param(params["embed"])
-        self.layers = Block(params["layers"], c, dtype, policy.lora_scale)
+        self.layers = Block(params["layers"], c, dtype, policy.lora_scale, policy.mesh)
         self.final_norm = Norm(params["final_norm"]["scale"], c)
         self.policy = policy
 
@@ -235,7 +327,8 @@ class Decoder(nnx.Module):
             y_BTD, cache = block(rows(x_BTD), context, cache)
             return rows(y_BTD), cache
 
-        run = nnx.remat(run) if self.policy.remat else run
+        keep = REMAT[self.policy.remat]
+        run = run if keep is None else nnx.remat(run, policy=keep)
         # The cache is carried and not stacked, so that a layer writes into it in place.
         scan = nnx.scan(run, in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry)
         slides_L = jnp.asarray(c.sliding) if any(c.sliding) and not all(c.sliding) else None
@@ -247,15 +340,14 @@ class Decoder(nnx.Module):
 class Policy(NamedTuple):
     """What the trainer and the sampler need of a model: its configuration and how to apply it.
 
-    With `remat` the gradient keeps one activation a layer and computes the rest again: a fraction
-    of the memory, and less time where memory is slow (CPU). `lora_scale` is alpha / rank of the
-    adapters that `params` may hold beside the leaves they adapt. `attention` is the backend for
-    rows without a cache, and `mesh` what rows and heads lie on.
+    `remat` is a key of `REMAT`; gradients are the same with each. `lora_scale` is alpha / rank of
+    the adapters that `params` may hold beside the leaves they adapt. `attention` is the backend for
+    rows without a cache, and `mesh` what rows, heads and experts lie on.
     """
 
     config: DecoderConfig
     compute_dtype: Any
-    remat: bool = True
+    remat: str = "full"
     lora_scale: float = 0.0
     attention: Backend = "xla"
     mesh: Mesh | None = None

@@ -314,10 +314,8 @@ def slice_of_16():
     """Compiles Qwen3-0.6B's update of 16 sequences of 2,048 tokens, 1,024 sampled, for 16 chips."""
     pytest.importorskip("libtpu")
 
-    def compiled(remat: bool):
-        c = load(
-            SMALL, [("model.remat", str(remat).lower()), ("model.path", str(SHAPES / "qwen3_0.6b"))]
-        )
+    def compiled(remat: str):
+        c = load(SMALL, [("model.remat", remat), ("model.path", str(SHAPES / "qwen3_0.6b"))])
         target = open_target("v5e:4x4", c)
         setup = prepare(c, load_config(SHAPES / "qwen3_0.6b"), target)
         assert setup.batch.tokens_BT.shape == (16, 2048)
@@ -329,17 +327,21 @@ def slice_of_16():
 
 @pytest.fixture(scope="module")
 def with_remat(slice_of_16):
-    return slice_of_16(True)
+    return slice_of_16("full")
 
 
 @pytest.fixture(scope="module")
 def without_remat(slice_of_16):
-    return slice_of_16(False)
+    return slice_of_16("none")
 
 
-def flops_ratio(setup, update: Compiled) -> float:
-    needed = model_flops(setup.decoder, setup.specs, setup.trained, setup.batch).total
-    return 16 * (update.cost.matmul_flops + update.cost.kernel_flops) / needed
+def flops_ratio(update: Compiled) -> float:
+    """To the arithmetic that is needed, by the usual formula: attention to all of a row."""
+    layer = 1024 * 2048 * 2 + 2 * 1024 * 1024 + 3 * 1024 * 3072
+    head, attention = 1024 * 151_936, 2048 * 2 * 16 * 128
+    needed = 6 * (28 * (layer + attention) * 2048 + head * 1024)
+    assert update.cost.kernels_without_flops == 0 and update.cost.kernel_flops > 0
+    return (update.cost.matmul_flops + update.cost.kernel_flops) / needed
 
 
 def test_temporaries_with_remat(with_remat):
@@ -370,25 +372,13 @@ def test_no_loop_of_the_update_has_an_unknown_length(with_remat):
     assert update.cost.unknown_loops == ()
 
 
-# What dense attention costs: the scores of all pairs of tokens, masked ones too.
-DENSE = pytest.mark.xfail(strict=True, reason="attention is dense: a flash kernel is needed")
-
-
-@DENSE
 def test_flops_with_remat(with_remat):
-    setup, update, _ = with_remat
-    assert flops_ratio(setup, update) <= 1.4
+    assert 1.0 < flops_ratio(with_remat[1]) <= 1.4
 
 
-@DENSE
-def test_temporaries_without_remat(without_remat):
+def test_temporaries_and_flops_without_remat(without_remat):
     _, update, _ = without_remat
     assert isinstance(update, Compiled)
     assert update.temporaries <= 7e9
-
-
-@DENSE
-def test_flops_without_remat(without_remat):
-    setup, update, _ = without_remat
-    assert isinstance(update, Compiled)
-    assert flops_ratio(setup, update) <= 1.1
+    # Less than all of it: what a causal mask removes is skipped, tile by tile.
+    assert 0.8 < flops_ratio(update) <= 1.1

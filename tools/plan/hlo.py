@@ -509,9 +509,26 @@ def is_kernel(i: Instruction) -> bool:
 
 
 def kernel_flops(i: Instruction) -> float | None:
-    """What the kernel's author declared; None: nothing."""
+    """What the kernel's author declared or, of jax's splash attention, what it does; else None."""
     found = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.attributes)
-    return float(found[1]) if found else None
+    return float(found[1]) if found else _splash_flops(i)
+
+
+def _splash_flops(i: Instruction) -> float | None:
+    """Of a causal row, whose tiles above the diagonal are skipped: what is on it counts whole.
+
+    Forward two products a tile, backward three for dq and four for dk and dv, or five for all.
+    """
+    kind = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    tiles = re.search(r"\bs(?:8|16|32)\[\d+,(\d+),(\d+)\]", i.attributes)
+    queries = re.search(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+)\]", i.attributes)
+    if not kind or not tiles or not queries:
+        return None
+    heads, slots, width = (int(n) for n in queries.groups())
+    fused = any(len(shape.dims) == 4 for shape in i.shapes)  # dq, of each tile of keys
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[kind[1]]
+    n = int(tiles[2])
+    return products * 2 * heads * slots**2 * width * (n + 1) / (2 * n)
 
 
 def groups_of(i: Instruction) -> tuple[tuple[int, ...], ...]:

@@ -326,8 +326,8 @@ def _changes(setup: Setup) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     c, (B, T) = setup.config, setup.batch.tokens_BT.shape
-    if not c.model.remat:
-        found.append({"model.remat": True})
+    if c.model.remat != "full":
+        found.append({"model.remat": "full"})
     least = T * row_shards(setup.mesh)
     if least < B * T and (c.update.max_tokens_per_microbatch or B * T) > least:
         found.append({"update.max_tokens_per_microbatch": least})

@@ -82,8 +82,7 @@ def set_environment(options: Options) -> None:
     """What libraries read when they are first imported; what the user has set stays."""
     flags, platform = os.environ.get("XLA_FLAGS", ""), os.environ.get("JAX_PLATFORMS", "")
     if "host_platform_device_count" not in flags and platform in ("", "cpu"):
-        mesh = options.mesh or MeshSection(data=2, fsdp=2, tensor=2)
-        count = mesh.data * mesh.fsdp * mesh.tensor
+        count = (options.mesh or MeshSection(data=2, fsdp=2, tensor=2)).devices
         flag = f"--xla_force_host_platform_device_count={count}"
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     for name, value in {

@@ -156,10 +156,10 @@ def check_mesh(name: str, case: Case) -> Check:
 
     case.forget_reference()
     section = case.options.mesh or default_mesh()
-    sizes = f"data={section.data},fsdp={section.fsdp},tensor={section.tensor}"
+    sizes = ",".join(f"{axis}={size}" for axis, size in section)
     mesh = make_mesh(section)
     params = load_on(case.directory, case.specs, section)
-    shape = (section.data * section.fsdp, min(SHORTEST_ROW // 2, case.config.max_positions))
+    shape = (section.row_shards, min(SHORTEST_ROW // 2, case.config.max_positions))
     rows = case.random().integers(0, case.config.vocab_size, shape).astype(np.int32)
     placed = jax.device_put(rows, batch_sharding(mesh, 2))
     found = difference(
