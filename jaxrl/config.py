@@ -35,11 +35,12 @@ class ModelSection(Section):
         "dtype of the trainer's matrix products; master weights and logits are float32 always. "
         "auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
-    remat: Literal["full", "attention", "dots", "none"] = knob(
-        "full",
+    remat: Literal["auto", "full", "attention", "dots", "none"] = knob(
+        "auto",
         "what the backward pass computes again instead of keeping it, least memory first. full: "
         "all but a layer's input; attention: all but that and the output of its heads; dots: all "
-        "but that and the products with its weights, experts' excepted; none: nothing",
+        "but that and the products with its weights, experts' excepted; none: nothing but norms "
+        "and activations. auto: none on CPU, full elsewhere",
     )
     ignore_config_fields: list[str] = knob(
         [],

@@ -37,15 +37,17 @@ class Unit(NamedTuple):
         return len(self.prompt) + self.sampled
 
 
-def few(count: int, multiple_of: int = 1) -> int:
-    """The next of eight sizes to an octave: at most an eighth is padding, and a run meets few."""
-    step = max(multiple_of, (1 << (count - 1).bit_length()) // 16)
+def few(count: int) -> int:
+    """The next of eight counts to an octave: at most an eighth is padding, and a run meets few."""
+    step = max(1, (1 << (count - 1).bit_length()) // 16)
     return -(-count // step) * step
 
 
 def row_length(longest: int) -> int:
-    """Slots of a row: the update is compiled once per length, not once per count of tokens."""
-    return few(longest, SHORTEST_ROW)
+    """The next of sixteen lengths to an octave, a multiple of 16: the update is compiled once per
+    length, not once per count of tokens."""
+    step = max(SHORTEST_ROW, (1 << (longest - 1).bit_length()) // 32)
+    return -(-longest // step) * step
 
 
 def pack(

@@ -523,8 +523,11 @@ def make_policy(c: Config, decoder: DecoderConfig, mesh: Mesh) -> Policy:
     attention, instead = backend_for(c.model.attention, platform, decoder, compute)
     if instead:
         print(instead, file=sys.stderr)
+    remat = c.model.remat
+    if remat == "auto":
+        remat = "none" if platform == "cpu" else "full"
     lora_scale = lora.scale if lora else 0.0
-    return Policy(decoder, jnp.dtype(compute), c.model.remat, lora_scale, attention, mesh)
+    return Policy(decoder, jnp.dtype(compute), remat, lora_scale, attention, mesh)
 
 
 def lora_config(c: Config) -> LoraConfig | None:

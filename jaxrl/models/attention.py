@@ -30,7 +30,7 @@ Backend = Literal["xla", "splash", "cudnn"]
 Attend = Callable[..., jax.Array]
 
 _CHUNKS = 8  # of queries, at most: each is compiled apart
-_SHORTEST_CHUNK = 64  # queries
+_CHUNK = 64  # queries: a chunk is a multiple, as odd sizes take XLA's CPU backend longer
 _SPLASH_BLOCK = 512  # queries, and keys, of a tile
 _FUSED_SLOTS = 4096  # of the longest row whose backward pass is one kernel
 _LANES = 128  # of a TPU's vector registers: what splash tiles are multiples of
@@ -172,7 +172,7 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
     """No query sees a later slot, so a chunk of queries needs the keys up to its end only: half of
     the products of a square. The scores of one chunk exist at a time, in the gradient too."""
     T = seen.group_BT.shape[1]
-    size = max(_SHORTEST_CHUNK, -(-T // _CHUNKS))
+    size = _CHUNK * -(-T // (_CHUNKS * _CHUNK))
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides):

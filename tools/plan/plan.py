@@ -326,7 +326,7 @@ def _changes(setup: Setup) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     c, (B, T) = setup.config, setup.batch.tokens_BT.shape
-    if c.model.remat != "full":
+    if setup.policy.remat != "full":
         found.append({"model.remat": "full"})
     least = T * row_shards(setup.mesh)
     if least < B * T and (c.update.max_tokens_per_microbatch or B * T) > least:
