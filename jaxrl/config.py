@@ -168,7 +168,7 @@ class AlgorithmSection(Section):
 
 
 class OptimizerSection(Section):
-    learning_rate: float = knob(1e-6, "AdamW learning rate after warm-up", gt=0.0)
+    learning_rate: float = knob(1e-6, "AdamW learning rate after warm-up", gt=0.0, le=1.0)
     warmup_steps: int = knob(10, "steps of linear warm-up", unit="steps", ge=0)
     beta1: float = knob(0.9, "decay of the first moment", ge=0.0, lt=1.0)
     beta2: float = knob(0.999, "decay of the second moment", ge=0.0, lt=1.0)

@@ -148,6 +148,7 @@ def test_keys_that_contradict_each_other_are_told_with_the_way_out(tmp_path, cha
         ("log.tensorboard", "true"),
         ("optimizer.learning_rate", "fast"),
         ("optimizer.learning_rate", True),
+        ("optimizer.learning_rate", 1.5),
         ("optimizer.learning_rate", float("inf")),
         ("rollout.timeout_s", float("nan")),
         ("run.name", 2024),
@@ -215,13 +216,13 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
     [("1e-6", 1e-6), ("1E-6", 1e-6), ("1.5e-3", 1.5e-3), ("2e0", 2.0), ("+1e-2", 0.01), ("3", 3.0)],
 )
 def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
-    content = yaml.safe_dump(MINIMAL) + f"optimizer: {{learning_rate: {text}}}\n"
+    content = yaml.safe_dump(MINIMAL) + f"optimizer: {{max_grad_norm: {text}}}\n"
     for config in (
         load_tree(tmp_path, content),
-        command(tmp_path, "--optimizer.learning_rate", text).config,
+        command(tmp_path, "--optimizer.max_grad_norm", text).config,
     ):
-        assert config.optimizer.learning_rate == value
-        assert isinstance(config.optimizer.learning_rate, float)
+        assert config.optimizer.max_grad_norm == value
+        assert isinstance(config.optimizer.max_grad_norm, float)
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,28 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(tmp_path):
     assert "--resume" in shown
 
 
+INFINITE = """
+import sys
+import numpy as np
+import jaxrl.advantages
+jaxrl.advantages.group_advantages = lambda rewards_PG, **_: (
+    np.full(np.shape(rewards_PG), np.inf), np.ones(np.shape(rewards_PG))
+)
+from jaxrl.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
-    done = train(*small(tmp_path, "--run.steps=9", "--optimizer.learning_rate=1e38"), code=1)
+    done = subprocess.run(
+        [sys.executable, "-c", INFINITE, *small(tmp_path, "--run.steps=9")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
     assert "not finite in 3 updates in a row" in done.stderr and "Traceback" not in done.stderr
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]

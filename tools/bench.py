@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("what", choices=["update", "sampler", "convert"])
     parser.add_argument("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
     parser.add_argument("--files", type=int, default=4, help="convert: that hold the weights")
-    parser.add_argument("--mesh", default="fsdp=1", help="convert: data=, fsdp=, tensor=")
+    parser.add_argument("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
     options = parser.parse_args()
     if options.what == "convert":
         bench_convert(options.gigabytes, options.files, options.mesh)

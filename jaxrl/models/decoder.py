@@ -147,8 +147,8 @@ class Experts(nnx.Module):
 
     On a mesh each device brings the tokens of its rows. Those of the devices along `expert` are
     gathered, each device runs them through the experts that it holds, and the sums are scattered
-    back. With as many experts to a token as devices on that axis, or more, this moves no more than
-    sending each token only where it is wanted; it drops none, and its shapes do not depend on
+    back. Where a token has about as many experts as that axis has devices, this moves about as much
+    as sending each token only where it is wanted; it drops none, and its shapes do not depend on
     where tokens go.
     """
 

@@ -171,7 +171,7 @@ def test_json_is_one_object_with_the_numbers(tmp_path, monkeypatch, capfd):
     assert 0 < logits["ratio"] < 1e-5 and logits["range"] > 1
     assert found["logits, bfloat16"]["values"]["ratio"] > 1e-4
     assert found["greedy tokens"]["values"]["equal"] == 12
-    assert found["mesh"]["values"]["mesh"] == "data=1,fsdp=2,tensor=2"
+    assert found["mesh"]["values"]["mesh"] == "data=1,fsdp=2,expert=1,tensor=2"
     assert "kv_heads = 1" in found["mesh"]["values"]["kept_whole"][0]
     assert not list(scratch.glob("jaxrl-verify*")), "something was left behind"
 

@@ -163,7 +163,8 @@ def check_mesh(name: str, case: Case) -> Check:
     rows = case.random().integers(0, case.config.vocab_size, shape).astype(np.int32)
     placed = jax.device_put(rows, batch_sharding(mesh, 2))
     found = difference(
-        our_logits(case.config, params, placed), our_logits(case.config, case.params, rows)
+        our_logits(case.config, params, placed, "float32", mesh),
+        our_logits(case.config, case.params, rows),
     )
     differ = differing(params, case.specs, case.files, case.digests)
     details = [f"{n}: exported from the mesh with other bytes" for n in differ]

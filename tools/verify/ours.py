@@ -26,14 +26,14 @@ def load_on(directory: Path, specs: dict[LeafPath, ParamSpec], section: MeshSect
 
 
 def our_logits(
-    config: DecoderConfig, params: Any, tokens_BT: Any, dtype: str = "float32"
+    config: DecoderConfig, params: Any, tokens_BT: Any, dtype: str = "float32", mesh: Any = None
 ) -> np.ndarray:
-    """Float32 [B, T, V]."""
+    """Float32 [B, T, V]. `mesh`: that of the parameters, if it is more than one device."""
     import jax
 
     from jaxrl.models.decoder import Policy
 
-    policy = Policy(config, jax.numpy.dtype(dtype))
+    policy = Policy(config, jax.numpy.dtype(dtype), mesh=mesh)
     return np.asarray(jax.jit(policy.logits)(params, tokens_BT))
 
 
