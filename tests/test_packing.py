@@ -241,8 +241,8 @@ def test_rows_are_chosen_for_the_least_work():
     assert packed(SHARED, *lengths).tokens_BT.shape == (1, 832)
     assert packed(SHARED, *lengths, key_cost=0.001).tokens_BT.shape == (8, 112)  # 946 < 1178
     long = [20] * 8  # behind a prompt of 100: 260
-    assert packed(SHARED, *long, prompt=100).tokens_BT.shape == (1, 288)
-    assert packed(SHARED, *long, prompt=100, key_cost=0.001).tokens_BT.shape == (1, 288)
+    assert packed(SHARED, *long, prompt=100).tokens_BT.shape == (1, 272)
+    assert packed(SHARED, *long, prompt=100, key_cost=0.001).tokens_BT.shape == (1, 272)
 
 
 def test_empty_rows_fill_up_shards():
