@@ -272,6 +272,7 @@ def _splash(c: DecoderConfig, seen: Packed, mesh: Mesh | None, interpret: bool) 
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=c.attention_softcap,
+        residual_checkpoint_name="attention",  # as the decoder names what remat may keep
         interpret=interpret,
     )
     branched, whole = seen.branch_BT is not None, slice(None)

@@ -1,14 +1,5 @@
-"""Times the parts of a step on this machine; docs/benchmarks.md records the results.
+"""Times the parts of a step beside their alternatives; see `tools.bench`."""
 
-    python -m tools.bench update     one optimizer step: the gradient as it is, and its alternatives
-    python -m tools.bench sampler    the in-process engine beside one vLLM engine, the same prompts
-    python -m tools.bench convert    Hugging Face files -> sharded parameters, and tensors -> files
-                                     [--gigabytes 4] [--mesh fsdp=2,tensor=2]
-
-Times drift with the machine, so every table is of one run and its ratios are what counts.
-"""
-
-import argparse
 import dataclasses
 import functools
 import multiprocessing
@@ -29,19 +20,6 @@ from jaxrl.types import Prompt, Sampling
 
 DEMO_DIR = Path("configs/tiny_policy")
 DEMO = load_config(DEMO_DIR)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the parts of a step on this machine")
-    parser.add_argument("what", choices=["update", "sampler", "convert"])
-    parser.add_argument("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
-    parser.add_argument("--files", type=int, default=4, help="convert: that hold the weights")
-    parser.add_argument("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
-    options = parser.parse_args()
-    if options.what == "convert":
-        bench_convert(options.gigabytes, options.files, options.mesh)
-    else:
-        {"update": bench_update, "sampler": bench_sampler}[options.what]()
 
 
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 7) -> None:
@@ -374,7 +352,3 @@ def _forget_digests(path: Path) -> None:
         header = stream.read(length)
         stream.seek(8)
         stream.write(header.replace(b'"sha256":', b'"unused":', 1))
-
-
-if __name__ == "__main__":
-    main()

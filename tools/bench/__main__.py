@@ -1,0 +1,83 @@
+"""Times a step of GRPO and its parts on this machine; docs/benchmarks.md records the results.
+
+    python -m tools.bench train       the update                   [--size s|m] [--new 32] ...
+    python -m tools.bench sample      the in-process engine, tokens/s
+    python -m tools.bench logprobs    log-probs of every token, forward alone
+    python -m tools.bench step        rollouts, advantages, packing, update, publish
+    python -m tools.bench update      the gradient of the demo: how it is computed, and how rows lie
+    python -m tools.bench sampler     the in-process engine beside one vLLM engine
+    python -m tools.bench convert     files -> sharded parameters, and tensors -> files
+
+The first four do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
+`--prompt-tokens` tokens, `--group` completions of each, of `--new` tokens (`--ragged`: of 1 to
+--new). Times drift with the machine: each is the median of several, between measurements of a
+plain matrix product, and what counts is the ratio.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from jaxrl.types import UserError
+
+FIXED = ("train", "sample", "logprobs", "step")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description="Times a step of GRPO and its parts here"
+    )
+    add = parser.add_argument
+    add("what", choices=[*FIXED, "update", "sampler", "convert"])
+    add("--size", choices=["s", "m"], default="s", help="s: 4 layers of 256; m: 8 layers of 512")
+    add("--prompts", type=_count, default=8)
+    add("--prompt-tokens", type=_count, default=16)
+    add("--group", type=_count, default=8, help="completions of each prompt")
+    add("--new", type=_count, default=32, help="tokens of a completion")
+    add("--ragged", action="store_true", help="completions of 1 to --new tokens")
+    add("--repeat", type=_count, default=7, help="measurements, after one to warm up")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    add("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
+    add("--files", type=_count, default=4, help="convert: that hold the weights")
+    add("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
+    options = parser.parse_args()
+    if options.json is not None and options.what not in FIXED:
+        parser.error(f"--json is for {', '.join(FIXED)}")
+    try:
+        if options.what not in FIXED:
+            from tools.bench import parts
+
+            if options.what == "convert":
+                parts.bench_convert(options.gigabytes, options.files, options.mesh)
+            else:
+                {"update": parts.bench_update, "sampler": parts.bench_sampler}[options.what]()
+            return 0
+        from tools.bench.work import Work, bench
+
+        work = Work(
+            options.size,
+            options.prompts,
+            options.prompt_tokens,
+            options.group,
+            options.new,
+            options.ragged,
+        )
+        record = bench(options.what, work, options.repeat)
+        if options.json is not None:
+            options.json.write_text(json.dumps(record, indent=2) + "\n")
+        return 0
+    except UserError as error:
+        print(f"tools.bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main())
