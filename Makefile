@@ -26,6 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip uninstall --quiet --yes $(CUDA_BUILDS)
 	touch $@
 
+demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: setup
 	$(BIN)/python -m jaxrl.train --config configs/arithmetic.yaml $(ARGS)
 

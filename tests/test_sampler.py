@@ -13,7 +13,7 @@ from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
-from jaxrl.sampler import InProcessEngine, make_score
+from jaxrl.sampler import FIRST_STAGE, InProcessEngine, make_score, stages
 from jaxrl.types import Prompt, Sampling
 from tests.reference_policy import STOP, VOCAB, logits_of, make_reference, params_of, save_reference
 
@@ -88,6 +88,18 @@ def test_greedy_equals_generate_of_transformers_token_by_token(engine, reference
         assert group.rollouts[0].tokens.tolist() == generated
         expected = expected_logprobs(reference, prompt, generated, 1.0)
         np.testing.assert_allclose(group.rollouts[0].logprobs, expected, atol=1e-4)
+
+
+def test_a_cache_that_grows_changes_nothing(engine, reference):
+    """Past the first stage, and past one that is not full when the last row stops."""
+    n = 3 * FIRST_STAGE
+    assert len(stages(n)) > 2 and stages(n)[-1] == n and stages(FIRST_STAGE - 1) == [31]
+    group = engine.generate(PROMPTS[:1], dataclasses.replace(GREEDY, max_new_tokens=n), SEEDS[:1])[
+        0
+    ]
+    expected = expected_logprobs(reference, PROMPTS[0], group.rollouts[0].tokens, 1.0)
+    assert len(expected) == n
+    np.testing.assert_allclose(group.rollouts[0].logprobs, expected, atol=1e-4)
 
 
 # --- sampled ---
