@@ -26,7 +26,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["jaxrl.models.config"],
     ["jaxrl.models.params"],
     ["jaxrl.mesh"],
-    ["jaxrl.models.attention", "bridge.names", "bridge.channels"],
+    ["jaxrl.models.attention", "jaxrl.models.grouped", "bridge.names", "bridge.channels"],
     ["jaxrl.models.decoder", "jaxrl.models.lora"],
     ["jaxrl.advantages", "jaxrl.losses", "jaxrl.optimizer", "jaxrl.packing", "jaxrl.data"],
     ["bridge.placing"],

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl.mesh import batch_sharding, keep_rows, partition, row_shards
 from jaxrl.models.attention import Attend, Backend, Masked, Packed, make_attend
 from jaxrl.models.config import DecoderConfig, MoeConfig
+from jaxrl.models.grouped import grouped_dot
 from jaxrl.models.params import ParamSpec, Path, tree_of
 from jaxrl.models.rope import Rope
 
@@ -218,7 +219,7 @@ class Experts(nnx.Module):
         """What the experts in `leaves`, of which `chosen_BTC` counts from 0, make of the tokens.
 
         Choices below 0 or past the last are of experts elsewhere, and add nothing. Rows, a token
-        for each of its choices, are sorted so that each expert multiplies one run (`ragged_dot`).
+        for each of its choices, are sorted so that each expert multiplies one run (`grouped_dot`).
         """
         x_ND, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), len(leaves["down"])
         chosen_R, shares_R = chosen_BTC.reshape(-1), shares_BTC.reshape(-1)
@@ -233,9 +234,10 @@ class Experts(nnx.Module):
     def _feed_forward(self, x_RD, expert_R, leaves):
         experts = len(leaves["down"])
         rows_E = jnp.bincount(expert_R, length=experts).astype(jnp.int32)
+        tpu = self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
 
         def product(x, name):
-            y, bias_EF = jax.lax.ragged_dot(x, leaves[name], rows_E), leaves.get(f"{name}_bias")
+            y, bias_EF = grouped_dot(x, leaves[name], rows_E, tpu), leaves.get(f"{name}_bias")
             y = y if bias_EF is None else y + bias_EF[expert_R]
             return jnp.where(expert_R[:, None] < experts, y, 0)  # no backend promises zeros there
 
