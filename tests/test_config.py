@@ -116,8 +116,8 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
     "changes, words",
     [
         (
-            {"update__max_tokens_per_microbatch": 2047},
-            ["2047", "data.max_prompt_tokens + rollout.max_new_tokens = 1536", "at least 2048"],
+            {"update__max_tokens_per_microbatch": 1535},
+            ["1535", "data.max_prompt_tokens + rollout.max_new_tokens = 1536", "at least 1536"],
         ),
         ({"rollout__top_k": 5}, ["rollout.top_k = 5", "leave it at 0"]),
         ({"rollout__min_p": 0.1}, ["rollout.min_p = 0.1"]),

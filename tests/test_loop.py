@@ -95,6 +95,7 @@ class Run:
         )
         parts = Parts(
             config=config,
+            key_cost=0.0,
             stream=self,
             held_out=[],
             tokenizer=SimpleNamespace(decode=str),

@@ -198,7 +198,7 @@ def test_a_mesh_of_data_fsdp_and_tensor_gives_the_same_logits(directory, loaded)
 
 def test_what_is_computed_again_in_the_backward_pass_gives_the_same_gradient(loaded):
     policy, params = loaded
-    assert set(get_args(ModelSection.model_fields["remat"].annotation)) == REMAT.keys()
+    assert set(get_args(ModelSection.model_fields["remat"].annotation)) == {"auto", *REMAT}
     tokens_BT = np.tile(TOKENS_BT, (8, 4))
 
     def value_and_grad(remat):

@@ -302,11 +302,12 @@ def test_a_run_that_does_not_fit_exits_1_and_says_what_would(capsys, monkeypatch
     small = topology.Target("small", "cpu", tuple(jax.devices()), None, 64 << 20)
     monkeypatch.setattr("tools.plan.__main__.open_target", lambda name, c: small)
     settings = ["--mesh.fsdp=8", "--rollout.prompts_per_step=512", "--update.logits_mib=16"]
+    settings += ["--model.remat=full", "--update.max_tokens_per_microbatch=1000000"]
     code, out, _ = run(capsys, "--config", DEMO, *settings)
     assert code == 1
     assert "DOES NOT FIT" in out
-    # 40 + 8 tokens need rows of 64, one for each of 8 devices.
-    assert "fits (compiled)" in out and "--update.max_tokens_per_microbatch 512" in out
+    # A prompt of 40 tokens and 8 completions of 8 have rows of 112, one for each of 8 devices.
+    assert "fits (compiled)" in out and "--update.max_tokens_per_microbatch 896" in out
 
 
 @pytest.fixture(scope="module")
