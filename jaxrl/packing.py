@@ -37,17 +37,16 @@ class Unit(NamedTuple):
         return len(self.prompt) + self.sampled
 
 
-def few(count: int) -> int:
-    """The next of eight counts to an octave: at most an eighth is padding, and a run meets few."""
-    step = max(1, (1 << (count - 1).bit_length()) // 16)
+def few(count: int, to_an_octave: int = 8, multiple_of: int = 1) -> int:
+    """The next of so many counts to an octave: a run meets few, and little is padding."""
+    step = max(multiple_of, (1 << (count - 1).bit_length()) // (2 * to_an_octave))
     return -(-count // step) * step
 
 
 def row_length(longest: int) -> int:
     """The next of sixteen lengths to an octave, a multiple of 16: the update is compiled once per
     length, not once per count of tokens."""
-    step = max(SHORTEST_ROW, (1 << (longest - 1).bit_length()) // 32)
-    return -(-longest // step) * step
+    return few(longest, 16, SHORTEST_ROW)
 
 
 def pack(
@@ -106,7 +105,7 @@ def row_lengths(groups: Sequence[Group], c: UpdateSection) -> list[int]:
     if not c.share_prompts:
         return [least]
     largest = max(len(g.prompt.tokens) + sum(len(r.tokens) for r in g.rollouts) for g in groups)
-    most = min(row_length(largest), c.row_tokens, c.row_tokens if limit is None else limit)
+    most = min(row_length(largest), c.row_tokens, limit or c.row_tokens)
     longer = {row_length(round(least * (most / least) ** (i / LONGER))) for i in range(1, LONGER)}
     return [least, *sorted(T for T in longer if least < T < most), *([most] * (most > least))]
 

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
 # Slots whose gradient a device computes at a time: enough to fill its matrix units, and on a CPU
 # few enough for the activations to stay in its caches.
-DEFAULT_MICROBATCH = {"cpu": 2048, "tpu": 16384}
+MICROBATCH, MICROBATCH_ON_CPU = 16384, 2048
 
 Metrics = dict[str, jax.Array]
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
@@ -215,9 +215,7 @@ def make_gradient(
         loss, _ = objective(scores[0], jax.lax.stop_gradient(scores[0]), batch, tokens=tokens)
         return loss, scores
 
-    limit = c.max_tokens_per_microbatch or mesh.size * DEFAULT_MICROBATCH.get(
-        mesh.devices.flat[0].platform, DEFAULT_MICROBATCH["tpu"]
-    )
+    limit = microbatch_tokens(c, mesh)
     of_part = jax.grad(loss_fn, has_aux=True)
 
     def gradient(params: Params, frozen: Params, batch: TrainBatch) -> tuple[Params, Scores]:
@@ -236,6 +234,13 @@ def make_gradient(
         return total, jax.tree.map(lambda x: joined(x, shards), scores)
 
     return gradient
+
+
+def microbatch_tokens(c: UpdateSection, mesh: Mesh) -> int:
+    """Row slots, over all devices, whose gradient is computed at a time; the default resolved."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    default = mesh.size * (MICROBATCH_ON_CPU if on_cpu else MICROBATCH)
+    return c.max_tokens_per_microbatch or default
 
 
 def score_sampled(

@@ -23,7 +23,13 @@ from jaxrl.models.params import param_specs
 from jaxrl.optimizer import slicing
 from jaxrl.packing import pack, rows_of_microbatch
 from jaxrl.types import Group, Prompt, Rollout, TrainBatch, UserError
-from jaxrl.update import init_state, make_gradient, make_optimizer, make_update
+from jaxrl.update import (
+    init_state,
+    make_gradient,
+    make_optimizer,
+    make_update,
+    microbatch_tokens,
+)
 from tests.reference_policy import VOCAB, make_reference, params_of, save_reference
 
 # eps is far above the rounding of a gradient, or Adam would blow that up to a whole step.
@@ -366,6 +372,12 @@ def test_updates_of_one_shape_are_compiled_once(batches, caplog):
         _, metrics = update(state, half)
         assert int(metrics["update/compiled_shapes"]) == 2
         assert any("step" in message for message in compiled())  # one that is, is noticed
+
+
+def test_a_micro_batch_is_what_the_caches_of_each_cpu_hold_unless_it_is_set():
+    mesh = make_mesh(MESHES["mesh"])
+    assert microbatch_tokens(UpdateSection(), mesh) == 2048 * mesh.size
+    assert microbatch_tokens(UpdateSection(max_tokens_per_microbatch=96), mesh) == 96
 
 
 @pytest.mark.parametrize(("logits_mib", "most"), [(1, 2), (2, 4), (160, 80)])

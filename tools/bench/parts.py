@@ -67,7 +67,7 @@ def bench_update() -> None:
 
     interleaved(
         {
-            "as it is: matrix products, remat": gradient("full", decoder.project),
+            "matrix products, remat": gradient("full", decoder.project),
             "matrix products, activations kept": gradient("none", decoder.project),
             "contractions, remat": gradient("full", einsum),
             "contractions, activations kept": gradient("none", einsum),

@@ -323,13 +323,14 @@ def _advice(setup: Setup, target: Target, options: Any) -> Section:
 def _changes(setup: Setup) -> list[dict[str, Any]]:
     """Each on top of those before it."""
     from jaxrl.mesh import row_shards
+    from jaxrl.update import microbatch_tokens
 
     found: list[dict[str, Any]] = []
     c, (B, T) = setup.config, setup.batch.tokens_BT.shape
     if setup.policy.remat != "full":
         found.append({"model.remat": "full"})
     least = T * row_shards(setup.mesh)
-    if least < B * T and (c.update.max_tokens_per_microbatch or B * T) > least:
+    if least < min(B * T, microbatch_tokens(c.update, setup.mesh)):
         found.append({"update.max_tokens_per_microbatch": least})
     return found
 

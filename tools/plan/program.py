@@ -73,12 +73,11 @@ def prepare(c: Config, decoder: DecoderConfig, target: Target) -> Setup:
     mesh = make_mesh(c.mesh, target.devices)
 
     def abstract(specs: dict[LeafPath, ParamSpec], dtype: str) -> Any:
-        shapes = tree_of({path: spec for path, spec in specs.items()})
         return jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(
                 spec.shape, jnp.dtype(dtype), sharding=sharding
             ),
-            shapes,
+            tree_of(specs),
             param_shardings(specs, mesh),
         )
 
