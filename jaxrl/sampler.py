@@ -219,8 +219,7 @@ def _decode(
 ) -> _Drawn:
     """Goes on until `end` new tokens, or until every row has stopped."""
     S = T + end
-    grown = [(0, 0)] * 3 + [(0, S - state.cache.keys.shape[3]), (0, 0)]
-    state = state._replace(cache=KVCache(*(jnp.pad(x, grown) for x in state.cache)))
+    state = state._replace(cache=state.cache.grown(S))
     keys_B = jax.vmap(jax.random.key)(seeds_B)
     slots_S = jnp.arange(S)
     prompt_BS = slots_S < lengths_B[:, None]

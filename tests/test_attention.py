@@ -173,9 +173,8 @@ def test_the_slots_of_a_cache_are_seen_as_the_mask_and_the_window_say():
     q, k, v, sinks = arrays(c)
     mask_BTS = np.random.default_rng(0).random((ROWS, 3, SLOTS)) < 0.5
     distance_BTS = np.random.default_rng(1).integers(-5, 2 * WINDOW, (ROWS, 3, SLOTS))
-    by_head = [x.swapaxes(1, 2) for x in (k, v)]
     found = make_attend(c, Masked(mask_BTS, distance_BTS), "splash")(
-        q[:, :3], *by_head, sinks, None
+        q[:, :3], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), sinks, None
     )
     expected = by_definition(c, mask_BTS & (distance_BTS < WINDOW))(q[:, :3], k, v, sinks)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -116,7 +116,7 @@ def make_attend(
     interpret: bool = False,
 ) -> Attend:
     """Returns attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides), made once for all layers; for the
-    slots of a cache attend(q_BTNH, k_BKSH, v_BKSH, sinks_N, slides).
+    slots of a cache attend(q_BTNH, k_BKHS, v_BKSH, sinks_N, slides).
 
     Scores and softmax are float32. A layer that slides attends to positions less than
     `sliding_window` before its own.
@@ -162,8 +162,8 @@ def _cached(c: DecoderConfig, seen: Masked) -> Attend:
         assert seen.distance_BTS is not None
         return seen.mask_BTS & (seen.distance_BTS < window)
 
-    def attend(q_BTNH, k_BKSH, v_BKSH, sinks_N, slides):
-        return _tile(c, q_BTNH, k_BKSH, v_BKSH, sinks_N, _either(c, mask, slides))
+    def attend(q_BTNH, k_BKHS, v_BKSH, sinks_N, slides):
+        return _tile(c, q_BTNH, k_BKHS, v_BKSH, sinks_N, _either(c, mask, slides))
 
     return attend
 
@@ -176,7 +176,7 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
     chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, slides):
-        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        k_BKHS, v_BKSH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
 
         def one(queries: slice) -> jax.Array:
             keys = slice(0, queries.stop)
@@ -186,7 +186,7 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
                 return _tile(c, q, k, v, sinks, _either(c, masks, slides))
 
             run = tile if len(chunks) == 1 else jax.checkpoint(tile, prevent_cse=False)
-            return run(q_BTNH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], sinks_N, seen)
+            return run(q_BTNH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], sinks_N, seen)
 
         return jnp.concatenate([one(queries) for queries in chunks], axis=1)
 
@@ -196,19 +196,19 @@ def _chunked(c: DecoderConfig, seen: Packed) -> Attend:
 def _tile(
     c: DecoderConfig,
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
+    k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     sinks_N: jax.Array | None,
     mask_BTS: Array,
 ) -> jax.Array:
     """N query heads share K key/value heads, N / K to each: these are one matrix product."""
     B, T, N, H = q_BTNH.shape
-    K, R = k_BKSH.shape[1], N // k_BKSH.shape[1]
+    K, R = k_BKHS.shape[1], N // k_BKHS.shape[1]
     q_BKRTH = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4)
     scores_BKQS = scale_of(c) * jnp.einsum(
-        "bkqh,bksh->bkqs",
+        "bkqh,bkhs->bkqs",
         q_BKRTH.reshape(B, K, R * T, H),
-        k_BKSH,
+        k_BKHS,
         preferred_element_type=jnp.float32,
     )
     scores_BKRTS = scores_BKQS.reshape(B, K, R, T, -1)

@@ -51,10 +51,34 @@ computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [L, B, K, S, H]: what a head reads lies together."""
+    """Of every layer; what a head reads lies together, and both products with it run along rows."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [L, B, K, H, S]
+    values: jax.Array  # [L, B, K, S, H]
+
+    @property
+    def slots(self) -> int:
+        return self.values.shape[3]
+
+    def grown(self, slots: int) -> "KVCache":
+        """With room for so many slots, the new ones empty."""
+        more, none = (0, slots - self.slots), (0, 0)
+        return KVCache(
+            jnp.pad(self.keys, (none, none, none, none, more)),
+            jnp.pad(self.values, (none, none, none, more, none)),
+        )
+
+    def written(
+        self, keys_BTKH: jax.Array, values_BTKH: jax.Array, layer: jax.Array, start: jax.Array | int
+    ) -> "KVCache":
+        """With the keys and values of T tokens in a layer's slots from `start` on."""
+        keys_1BKHT = keys_BTKH.transpose(0, 2, 3, 1)[None].astype(self.keys.dtype)
+        values_1BKTH = values_BTKH.swapaxes(1, 2)[None].astype(self.values.dtype)
+        put = jax.lax.dynamic_update_slice
+        return KVCache(
+            put(self.keys, keys_1BKHT, (layer, 0, 0, 0, start)),
+            put(self.values, values_1BKTH, (layer, 0, 0, start, 0)),
+        )
 
 
 class Context(NamedTuple):
@@ -120,12 +144,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = turn(q_BTNH, context), turn(k_BTKH, context)
         keys, values = k_BTKH, v_BTKH
         if cache is not None:
-            cache = KVCache(
-                *(
-                    _written(old, new, context)
-                    for old, new in zip(cache, (keys, values), strict=True)
-                )
-            )
+            cache = cache.written(keys, values, context.layer, context.start)
             keys, values = (jax.lax.dynamic_index_in_dim(x, context.layer, 0, False) for x in cache)
         with jax.named_scope("attention"):
             sinks_N = None if self.sinks is None else self.sinks[...]
@@ -391,8 +410,11 @@ class Policy(NamedTuple):
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> KVCache:
-    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    heads = (config.num_layers, rows, config.num_kv_heads)
+    return KVCache(
+        jnp.zeros((*heads, config.head_dim, slots), dtype),
+        jnp.zeros((*heads, slots, config.head_dim), dtype),
+    )
 
 
 def init_params(specs: dict[Path, ParamSpec], key: jax.Array) -> Params:
@@ -477,13 +499,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     # The model rounds before it scales (as its Hugging Face reference does).
     return (normed.astype(x.dtype) * scale.astype(x.dtype)).astype(x.dtype)
-
-
-def _written(cache_LBKSH: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
-    new_1BKTH = new_BTKH.swapaxes(1, 2)[None].astype(cache_LBKSH.dtype)
-    return jax.lax.dynamic_update_slice(
-        cache_LBKSH, new_1BKTH, (context.layer, 0, 0, context.start, 0)
-    )
 
 
 def _norm_heads(norm: Norm, x_BTNH: jax.Array, c: DecoderConfig) -> jax.Array:
