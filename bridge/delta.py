@@ -29,6 +29,7 @@ the result proves it, and that is the caller's (`bridge.wire`).
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ _HEAD = struct.Struct("<5sBBBQQQ")
 _GOES_ON = 255  # the gap byte that does not end its gap
 _LEVEL = 1  # of zstd: on gaps and differences the next ones are slower and no smaller
 _WORTH_IT = 0.95  # a stream is stored raw unless zstd brings it below this share of its bytes
-_CHUNK = 1 << 17  # elements compared at once: the flags of a chunk stay in the cache
+_CHUNK = 1 << 17  # elements compared or changes merged at once, so that they stay in the cache
 
 
 class DeltaError(Exception):
@@ -122,22 +123,19 @@ def merge(first: Changes, second: Changes) -> Changes:
             f"the second changes are of {second.size} elements of {second.values.dtype}, expected "
             f"{first.size} of {first.values.dtype} like the first"
         )
-    indices = np.concatenate([first.indices, second.indices])
-    order = np.argsort(indices, kind="stable")  # two ascending runs; `first` leads where they meet
-    indices = indices[order]
-    values = np.concatenate([first.values, second.values])[order]
-    before = np.concatenate([first.before, second.before])[order]
-    edge = np.ones(indices.size + 1, np.bool_)  # False between two entries of one place
-    np.not_equal(indices[1:], indices[:-1], out=edge[1:-1])
-    broken = ~edge[1:-1] & (before[1:] != values[:-1])
-    if broken.any():
-        raise DeltaError(
-            f"the second changes do not follow the first: {np.count_nonzero(broken)} values are "
-            f"not as it left them, the first of them at {indices[1:][broken][0]}"
-        )
-    indices, values, before = indices[edge[1:]], values[edge[1:]], before[edge[:-1]]
-    moved = values != before
-    return Changes(first.size, indices[moved], values[moved], before[moved])
+    most = first.indices.size + second.indices.size
+    merged = Changes(
+        first.size,
+        np.empty(most, np.int64),
+        np.empty(most, first.values.dtype),
+        np.empty(most, first.values.dtype),
+    )
+    end = 0
+    for piece in _merged_pieces(first, second):
+        start, end = end, end + piece.indices.size
+        for whole, part in zip(merged[1:], piece[1:], strict=True):
+            whole[start:end] = part
+    return _cut(merged, 0, end)
 
 
 def encode(changed: Changes, new: np.ndarray, *, differences: bool = True) -> bytes:
@@ -205,6 +203,40 @@ def apply(payload: bytes | bytearray | memoryview | np.ndarray, array: np.ndarra
         values = _unfold(values)
         values += array[indices]
     array[indices] = values
+
+
+def _cut(changed: Changes, start: int, end: int) -> Changes:
+    return Changes(changed.size, *(array[start:end] for array in changed[1:]))
+
+
+def _merged_pieces(first: Changes, second: Changes) -> Iterator[Changes]:
+    """`merge`, a stretch of the tensor at a time: what it needs beside stays in the cache."""
+    longer = max(first.indices, second.indices, key=len)
+    starts = (0, 0)
+    for edge in (*longer[_CHUNK::_CHUNK], first.size):
+        ends = tuple(int(np.searchsorted(c.indices, edge)) for c in (first, second))
+        yield _merge_piece(_cut(first, starts[0], ends[0]), _cut(second, starts[1], ends[1]))
+        starts = ends
+
+
+def _merge_piece(first: Changes, second: Changes) -> Changes:
+    indices = np.concatenate([first.indices, second.indices])
+    order = np.argsort(indices, kind="stable")  # two ascending runs; `first` leads where they meet
+    indices = indices[order]
+    values = np.concatenate([first.values, second.values])[order]
+    before = np.concatenate([first.before, second.before])[order]
+    edge = np.ones(indices.size + 1, np.bool_)  # False between two entries of one place
+    np.not_equal(indices[1:], indices[:-1], out=edge[1:-1])
+    broken = ~edge[1:-1] & (before[1:] != values[:-1])
+    if broken.any():
+        at = int(np.argmax(broken))
+        raise DeltaError(
+            f"the second changes do not follow the first: at {indices[at]} they found "
+            f"{before[at + 1]:#x}, expected {values[at]:#x}"
+        )
+    indices, values, before = indices[edge[1:]], values[edge[1:]], before[edge[:-1]]
+    moved = values != before
+    return Changes(first.size, indices[moved], values[moved], before[moved])
 
 
 def _encode_sparse(changed: Changes, differences: bool) -> bytes:
