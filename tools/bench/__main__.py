@@ -7,6 +7,7 @@
     python -m tools.bench update      the gradient of the demo: how it is computed, and how rows lie
     python -m tools.bench sampler     the in-process engine beside one vLLM engine
     python -m tools.bench convert     files -> sharded parameters, and tensors -> files
+    python -m tools.bench delta       what changed in a tensor: compared, packed, applied, merged
 
 The first four do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
 `--prompt-tokens` tokens, `--group` completions of each, of `--new` tokens (`--ragged`: of 1 to
@@ -29,7 +30,7 @@ def main() -> int:
         prog="python -m tools.bench", description="Times a step of GRPO and its parts here"
     )
     add = parser.add_argument
-    add("what", choices=[*FIXED, "update", "sampler", "convert"])
+    add("what", choices=[*FIXED, "update", "sampler", "convert", "delta"])
     add("--size", choices=["s", "m"], default="s", help="s: 4 layers of 256; m: 8 layers of 512")
     add("--prompts", type=_count, default=8)
     add("--prompt-tokens", type=_count, default=16)
@@ -38,18 +39,23 @@ def main() -> int:
     add("--ragged", action="store_true", help="completions of 1 to --new tokens")
     add("--repeat", type=_count, default=7, help="measurements, after one to warm up")
     add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    add("--gigabytes", type=float, default=4, help="convert: of bfloat16 weights")
+    add("--gigabytes", type=float, help="of bfloat16 weights; convert: 4, delta: 0.5")
     add("--files", type=_count, default=4, help="convert: that hold the weights")
     add("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
     options = parser.parse_args()
     if options.json is not None and options.what not in FIXED:
         parser.error(f"--json is for {', '.join(FIXED)}")
     try:
+        if options.what == "delta":
+            from tools.bench.delta import bench_delta
+
+            bench_delta(round((options.gigabytes or 0.5) * 1e9 / 2))
+            return 0
         if options.what not in FIXED:
             from tools.bench import parts
 
             if options.what == "convert":
-                parts.bench_convert(options.gigabytes, options.files, options.mesh)
+                parts.bench_convert(options.gigabytes or 4, options.files, options.mesh)
             else:
                 {"update": parts.bench_update, "sampler": parts.bench_sampler}[options.what]()
             return 0
