@@ -1,62 +1,180 @@
-"""Parameters on a mesh -> host buffers under Hugging Face names. The trainer half: jax."""
+"""Parameters on a mesh -> host buffers under Hugging Face names. The trainer half: jax.
 
-from collections.abc import Callable
-from typing import Any
+Layout and cast run on the devices, a group of layers at a time, in programs whose size does not
+grow with depth; while the host takes what one group gave, the devices work on the next. A group is
+a bucket of the wire, so that a host holds a few buckets of a version and never a model.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bridge.names import hf_tensors, to_hf
-from bridge.wire import HostTensor
-from jaxrl.mesh import replicated
+from bridge.names import hf_name, hf_tensors, to_hf
+from bridge.wire import ITEM_BYTES, HostTensor
 from jaxrl.models.params import ParamSpec, Path, leaf_at
 
-Exporter = Callable[[Any], list[HostTensor]]
+BUCKET_BYTES = 256 << 20
+_AHEAD = 1  # groups that the devices work on while the host takes another
 
 
-def make_exporter(specs: dict[Path, ParamSpec], dtype: str) -> Exporter:
-    """Returns export(params) -> tensors in `dtype`, one for each Hugging Face name.
+class Group(NamedTuple):
+    """Whole Hugging Face tensors, by the pattern of their name, of some layers."""
 
-    `params` may have more leaves than `specs`; they stay. Layout and cast run on the device, in one
-    program whose size does not grow with depth: a stacked leaf stays stacked, and its layers are
-    rows of one host buffer. The result shares no memory with `params`, which the next update may
-    consume.
+    names: tuple[str, ...]  # `ParamSpec.hf_name`
+    start: int  # first layer
+    layers: int  # 0 where there are none
+    nbytes: int
 
-    Of several processes all call it. Each leaf in turn is gathered, in `dtype`; the first process
-    gets the tensors, the others an empty list.
+
+class Exporter:
+    """Makes the Hugging Face tensors of the leaves in `specs`, in `dtype`.
+
+    The parameters it is given may have more leaves; they stay.
     """
-    tensors, to_wire = hf_tensors(specs), make_to_wire(specs, dtype)
 
-    def gather(leaves: dict[Path, jax.Array]) -> dict[Path, np.ndarray]:
-        if jax.process_count() == 1:
-            return jax.device_get(to_wire(leaves))
-        arrays = {}
-        for path, leaf in leaves.items():  # one at a time: every device gets the whole of it
-            whole = replicated(to_wire({path: leaf})[path])
-            if jax.process_index() == 0:
-                arrays[path] = np.asarray(whole)
-        return arrays
+    def __init__(
+        self, specs: dict[Path, ParamSpec], dtype: str, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """A group has at most `bucket_bytes`, or one tensor at one layer if that has more."""
+        self._specs, self._dtype = specs, dtype
+        self._order = list(hf_tensors(specs))
+        self._leaves: dict[str, tuple[Path, ...]] = {}  # of each name, in the order of their rows
+        for path in sorted(specs, key=lambda path: specs[path].row):
+            name = specs[path].hf_name
+            self._leaves[name] = (*self._leaves.get(name, ()), path)
+        self.plan = list(self._planned(bucket_bytes))
 
-    def export(params: Any) -> list[HostTensor]:
-        wanted = gather({path: leaf_at(params, path) for path in specs})
-        if not wanted:
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(group.nbytes for group in self.plan)
+
+    def __call__(self, params: Any) -> list[HostTensor]:
+        """All tensors, in the order of `names.hf_tensors`; see `groups`."""
+        tensors = {t.name: t for group in self.groups(params) for t in group}
+        return [tensors[name] for name in self._order if name in tensors]
+
+    def groups(self, params: Any) -> Iterator[list[HostTensor]]:
+        """The tensors of each group of `plan`, in turn. They share no memory with `params`, which
+        may be consumed once the last group has come.
+
+        Of several processes all call it and take every group: the mesh gathers each, and the first
+        process gets its tensors, the others an empty list.
+        """
+        running: collections.deque[tuple[Group, dict[str, jax.Array]]] = collections.deque()
+        for group in self.plan:
+            running.append((group, self.program(group, params)(*self.inputs(group, params))))
+            if len(running) > _AHEAD:
+                yield self._taken(*running.popleft())
+        while running:
+            yield self._taken(*running.popleft())
+
+    def inputs(self, group: Group, params: Any) -> tuple[dict[Path, Any], int]:
+        """What the program of a group takes: its leaves, all layers of them, and the first layer
+        that it makes tensors of."""
+        paths = [path for name in group.names for path in self._leaves[name]]
+        return {path: leaf_at(params, path) for path in paths}, group.start
+
+    def program(self, group: Group, params: Any) -> Any:
+        """Jitted inputs -> tensors stacked by layer (and expert), by name. On a mesh every device
+        has all of them."""
+        leaves, _ = self.inputs(group, params)
+        sharding = getattr(next(iter(leaves.values())), "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        specs = tuple((path, self._specs[path]) for path in leaves)
+        return _program(specs, group.layers, self._dtype, mesh)
+
+    def _planned(self, most: int) -> Iterator[Group]:
+        """Layers are cut into groups first, by all their tensors; where one layer is too much, by
+        some of its tensors."""
+        width = ITEM_BYTES[self._dtype]
+        sizes = {  # of each name: bytes of one layer
+            name: width * sum(_layer_size(self._specs[path]) for path in paths)
+            for name, paths in self._leaves.items()
+        }
+        layers = {name: _layers(self._specs[paths[0]]) for name, paths in self._leaves.items()}
+        for count in sorted(set(layers.values())):
+            names = [name for name in layers if layers[name] == count]
+            for part in _filled(names, sizes, most):
+                nbytes = sum(sizes[name] for name in part)
+                step = max(1, min(count, most // max(nbytes, 1)))
+                for start in range(0, max(count, 1), step):
+                    here = min(step, count - start)
+                    yield Group(part, start, max(here, 0), nbytes * max(here, 1))
+
+    def _taken(self, group: Group, stacked: dict[str, jax.Array]) -> list[HostTensor]:
+        if jax.process_index() != 0:
             return []
-        arrays = {path: np.ascontiguousarray(x) for path, x in wanted.items()}
-        exported = []
-        for name, tensor in tensors.items():
-            parts = [arrays[piece.path][piece.index] for piece in tensor.pieces]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            data = whole.reshape(-1).view(np.uint8)
-            exported.append(HostTensor(name, dtype, tensor.shape, data))
-        return exported
+        tensors = []
+        for name, array in zip(stacked, to_host(list(stacked.values())), strict=True):
+            spec = self._specs[self._leaves[name][0]]
+            for index in np.ndindex(array.shape[: spec.stack]):
+                layer = tuple(i + group.start if axis == 0 else i for axis, i in enumerate(index))
+                one = np.ascontiguousarray(array[index])
+                data = one.reshape(-1).view(np.uint8)
+                tensors.append(HostTensor(hf_name(spec, layer), self._dtype, one.shape, data))
+        return tensors
 
-    return export
+
+def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
+    """Arrays that every device has all of, each copied from another device of this process."""
+    parts = []
+    for i, array in enumerate(arrays):
+        shards = array.addressable_shards
+        parts.append(shards[i % len(shards)].data)
+        parts[-1].copy_to_host_async()
+    return [np.asarray(part) for part in parts]
 
 
-def make_to_wire(specs: dict[Path, ParamSpec], dtype: str) -> Any:
-    """The device's part of an export, jitted: leaves by path -> the same in Hugging Face layout."""
+@functools.lru_cache(maxsize=64)
+def _program(
+    specs: tuple[tuple[Path, ParamSpec], ...], layers: int, dtype: str, mesh: Mesh | None
+) -> Callable[[dict[Path, jax.Array], int], dict[str, jax.Array]]:
+    def run(leaves: dict[Path, jax.Array], start: int) -> dict[str, jax.Array]:
+        rows: dict[str, list[jax.Array]] = {}
+        for path, spec in specs:
+            leaf = leaves[path]
+            if layers:
+                leaf = jax.lax.dynamic_slice_in_dim(leaf, start, layers, axis=0)
+                spec = dataclasses.replace(spec, shape=(layers, *spec.shape[1:]))
+            rows.setdefault(spec.hf_name, []).append(to_hf(spec, leaf.astype(dtype)))
+        stacks = {spec.hf_name: spec.stack for _, spec in specs}
+        whole = {
+            name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=stacks[name])
+            for name, parts in rows.items()
+        }
+        if mesh is None or mesh.size == 1:
+            return whole
+        return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, P()))
 
-    def to_wire(leaves: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        return {path: to_hf(specs[path], leaf).astype(dtype) for path, leaf in leaves.items()}
+    return jax.jit(run)
 
-    return jax.jit(to_wire)
+
+def _layers(spec: ParamSpec) -> int:
+    return spec.shape[0] if spec.stack else 0
+
+
+def _layer_size(spec: ParamSpec) -> int:
+    """Elements of one layer, of all its experts."""
+    return math.prod(spec.shape[1:] if spec.stack else spec.shape)
+
+
+def _filled(names: list[str], sizes: dict[str, int], most: int) -> Iterator[tuple[str, ...]]:
+    """Cuts `names` into runs of at most `most` bytes; a larger one is alone."""
+    run: list[str] = []
+    for name in names:
+        if run and sum(sizes[other] for other in run) + sizes[name] > most:
+            yield tuple(run)
+            run = []
+        run.append(name)
+    if run:
+        yield tuple(run)

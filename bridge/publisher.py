@@ -1,18 +1,21 @@
 """One version of the weights, published as a transaction. The trainer half: jax, no torch."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
-from bridge.channels import Channel, Ticket
-from bridge.export import Exporter
-from bridge.wire import HostTensor, Manifest, pack
+from bridge.channels import Channel, Shipment, Ticket
+from bridge.encoding import Encoder
+from bridge.wire import HostTensor, Manifest, TensorEntry, entries, manifest_of
 from jaxrl.types import PublishReport, RunError
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
 Score = Callable[[Any, Sequence[int]], np.ndarray]  # (params, tokens) -> log-probs, float32 [t]
+_WRITERS = 2  # buckets on the host at a time: one is put while the next is hashed
 
 
 class Engines(Protocol):
@@ -30,6 +33,19 @@ class Engines(Protocol):
     def admit(self, names: Sequence[str], version: int) -> None: ...
 
 
+class Export(Protocol):
+    """What a publish needs of the trainer; `bridge.export.Exporter` is the real one."""
+
+    @property
+    def plan(self) -> Sequence[Any]:
+        """One item for each group."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+    def groups(self, params: Any) -> Iterator[list[HostTensor]]: ...
+
+
 class PublishError(RunError):
     """No engine serves the new version. Says what went wrong on each."""
 
@@ -44,19 +60,19 @@ class Publisher:
 
     def __init__(
         self,
-        export: Exporter,
+        export: Export,
         channel: Channel,
         engines: Engines,
         score: Score,
         *,
         probe: Sequence[int],
         probe_tolerance: float,
-        bucket_bytes: int,
+        encoder: Encoder | None = None,
         warn: Callable[[str], None],
     ) -> None:
         self._export, self._channel, self._engines, self._score = export, channel, engines, score
         self._probe, self._tolerance = list(probe), probe_tolerance
-        self._bucket_bytes, self._warn = bucket_bytes, warn
+        self._encoder, self._warn = encoder or Encoder(), warn
 
     def publish(self, params: Any, version: int) -> PublishReport:
         """Returns when every engine that will serve `version` has proved that it holds it.
@@ -65,20 +81,26 @@ class Publisher:
           PublishError: no engine could be admitted.
           bridge.channels.ChannelError: the channel could not carry the version.
         """
-        start = time.perf_counter()
-        failed: dict[str, str] = {}
-        manifest, loaded = self._carry(self._export(params), version, failed)
+        clock, failed = Phases(), {}
+        manifest, loaded = self._carry(
+            self._export, params, version, failed, clock, encoder=self._encoder
+        )
         difference = self._prove(params, loaded - failed.keys(), failed)
         proven = self._survivors(loaded, version, failed)
         self._engines.admit(proven, version)
-        seconds = time.perf_counter() - start
+        clock.lap("prove")
         return PublishReport(
-            version, manifest.digest, manifest.nbytes, seconds, len(proven), difference
+            version,
+            manifest.digest,
+            manifest.nbytes,
+            sum(clock.seconds.values()),
+            len(proven),
+            difference,
+            clock.seconds,
+            None if manifest.base is None else manifest.base.version,
         )
 
-    def publish_frozen(
-        self, tensors: Iterable[HostTensor], expected: Expected, version: int
-    ) -> None:
+    def publish_frozen(self, export: Export, params: Any, expected: Expected, version: int) -> None:
         """Carries the weights that never change, ahead of the first version of those that do.
 
         Nothing is admitted yet: an engine proves itself with the two together.
@@ -87,21 +109,42 @@ class Publisher:
           PublishError, bridge.channels.ChannelError: as `publish`.
         """
         failed: dict[str, str] = {}
-        _, loaded = self._carry(tensors, version, failed, expected)
+        _, loaded = self._carry(export, params, version, failed, Phases(), expected)
         self._survivors(loaded, version, failed)
 
     def _carry(
         self,
-        tensors: Iterable[HostTensor],
+        export: Export,
+        params: Any,
         version: int,
         failed: dict[str, str],
+        clock: "Phases",
         expected: Expected | None = None,
+        encoder: Encoder | None = None,
     ) -> tuple[Manifest, set[str]]:
         """Stages and commits; returns the engines that say they loaded just what was sent."""
-        manifest, buckets = pack(version, tensors, self._bucket_bytes)
-        ticket = self._channel.publish(manifest, buckets)
+        encoder = encoder or Encoder()
+        shipment = self._channel.begin(version, len(export.plan), export.nbytes)
+        try:
+            base = encoder.begin()
+            shipped = ship(export.groups(params), shipment, encoder)
+            manifest = manifest_of(version, shipped, base)
+            ticket = shipment.finish(manifest)
+        except BaseException:
+            encoder.failed()
+            raise
+        finally:
+            shipment.abort()
+        encoder.shipped(manifest)
+        clock.lap("ship")
         _answers(self._engines.stage(ticket, expected), failed)
+        stage_s = clock.lap("stage")
+        if failed:  # who could not have this version must not need it for the next
+            encoder.failed()
+        if manifest.base is None:
+            encoder.measured(manifest.nbytes, stage_s)
         acknowledged = _answers(self._engines.commit(version), failed)
+        clock.lap("load")
         for name, said in acknowledged.items():
             if (said["version"], said["digest"]) != (version, manifest.digest):
                 failed[name] = (
@@ -137,6 +180,51 @@ class Publisher:
                     f"{difference:.2g} nats, more than publish.probe_tolerance = {self._tolerance}"
                 )
         return worst
+
+
+class Phases:
+    """Seconds by phase, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        now = time.perf_counter()
+        self.seconds[name], self._since = now - self._since, now
+        return self.seconds[name]
+
+
+def ship(
+    groups: Iterable[list[HostTensor]], shipment: Shipment, encoder: Encoder
+) -> list[TensorEntry]:
+    """Puts each group into a bucket of its own, encoded and hashed on the way, while the next is
+    exported.
+
+    Every group is taken even if one cannot be put: of several processes all must take them.
+
+    Raises:
+      bridge.channels.ChannelError: a bucket could not be put.
+    """
+
+    def put(index: int, group: list[HostTensor]) -> list[TensorEntry]:
+        found, data = entries(index, group, encoder.payloads(group))
+        shipment.put(found, data)
+        return found
+
+    under_way: deque[Future[list[TensorEntry]]] = deque()
+    shipped: list[TensorEntry] = []
+    problem: BaseException | None = None
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        for index, group in enumerate(groups):
+            if len(under_way) == _WRITERS:
+                problem = problem or under_way[0].exception()
+                shipped += [] if problem else under_way.popleft().result()
+            if problem is None:
+                under_way.append(writers.submit(put, index, group))
+    for future in under_way:
+        shipped += future.result()
+    return shipped
 
 
 def _answers(outcomes: Mapping[str, Any], failed: dict[str, str]) -> dict[str, Any]:

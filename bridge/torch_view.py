@@ -1,4 +1,4 @@
-"""The wire's buckets as torch tensors, without a copy."""
+"""What arrived, as torch tensors, without a copy."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,15 @@ from bridge.wire import Manifest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def tensors(
-    manifest: Manifest, buckets: Sequence[np.ndarray]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) in the manifest's order; each tensor is a view and must not be written.
+def tensors(manifest: Manifest, data: Sequence[np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) in the manifest's order; `data` has the bytes of each. A tensor is a
+    view and must not be written.
 
     A write would reach shared memory or a mapped file: at best a crash, at worst another worker's
     weights.
     """
-    flat = [_flat(bucket) for bucket in buckets]
-    for entry in manifest.tensors:
-        data = flat[entry.bucket][entry.offset : entry.offset + entry.nbytes]
-        yield entry.name, data.view(_DTYPES[entry.dtype]).view(entry.shape)
+    for entry, array in zip(manifest.tensors, data, strict=True):
+        yield entry.name, _flat(array).view(_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -30,8 +27,8 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _flat(bucket: np.ndarray) -> torch.Tensor:
+def _flat(data: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         # torch has no read-only tensors and warns about every mapped array; we only ever read.
         warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        return torch.from_numpy(np.asarray(bucket))
+        return torch.from_numpy(np.asarray(data))

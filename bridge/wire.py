@@ -1,29 +1,39 @@
 """What crosses the bridge: raw bytes in a few buckets, and a JSON manifest that describes them.
 
-Both ends load this file, in different environments: NumPy and the standard library only. Nothing
-here is ever a pickle. A tensor is a name, a dtype, a shape, a place in a bucket and the SHA-256 of
-its bytes; a version's digest covers all of those, so that equal digests mean equal weights.
+Both ends load this file, in different environments: NumPy, xxhash and the standard library only.
+Nothing here is ever a pickle. A tensor is a name, a dtype, a shape, a place in a bucket and the
+XXH3-128 of its bytes; a version's digest, the SHA-256 of all of those, says that equal digests mean
+equal weights. XXH3 finds what accidents do to bytes, at ten times the speed of SHA-256, and no
+forger: what outlives a run is kept under SHA-256 (`bridge.safetensors_files`, `jaxrl.durable`).
 
 Inside a bucket tensors lie end to end, widest dtype first: every tensor is aligned to its own
-element, and a bucket is byte for byte the data section of a safetensors file.
+element, and a bucket is byte for byte the data section of a safetensors file. In memory a bucket is
+the list of its tensors' bytes, so that nothing is copied to make one.
+
+A tensor may also travel as its difference from the one in an earlier version, the base
+(`bridge.delta`). What its entry says of it is then said of the result, all but place and size; so
+the digest of a version does not depend on how it travelled.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 8
 MAX_BYTES = 1 << 44  # of one version; more is a lie, or a bug, and would be allocated
+NOTHING: Mapping[str, Any] = {}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
 class WireError(Exception):
@@ -47,8 +57,22 @@ class TensorEntry:
     shape: tuple[int, ...]
     bucket: int
     offset: int  # bytes from the start of the bucket
-    nbytes: int
-    sha256: str
+    nbytes: int  # in the bucket
+    xxh3: str  # of the tensor
+    encoding: str = "raw"  # raw: its bytes; delta: a payload for its bytes in the base
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Base:
+    """The version that deltas are taken from."""
+
+    version: int
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +81,7 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     bucket_bytes: tuple[int, ...]
     digest: str
+    base: Base | None = None  # None: nothing else is needed to have this version
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +108,7 @@ class Manifest:
                 tensors=tensors,
                 bucket_bytes=tuple(_count(size) for size in raw["bucket_bytes"]),
                 digest=str(raw["digest"]),
+                base=_base(raw["base"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise WireError(f"not a weight manifest: {error!r}") from error
@@ -93,8 +119,10 @@ class Manifest:
         """Raises WireError unless the entries tile the buckets and agree with the digest."""
         if self.nbytes > MAX_BYTES:
             raise WireError(f"version {self.version}: promises more than {MAX_BYTES} bytes")
+        if self.base is not None and self.base.version >= self.version:
+            raise WireError(f"version {self.version}: cannot be based on {self.base.version}")
         ends = [0] * len(self.bucket_bytes)
-        names = set()
+        names, last = set(), -1
         for entry in self.tensors:
             where = f"version {self.version}, tensor {entry.name!r}"
             if not _NAME.fullmatch(entry.name) or entry.name in names:
@@ -104,13 +132,20 @@ class Manifest:
                 raise WireError(f"{where}: dtype {entry.dtype!r} is not one of {list(ITEM_BYTES)}")
             if len(entry.shape) > MAX_DIMENSIONS:
                 raise WireError(f"{where}: has more than {MAX_DIMENSIONS} dimensions")
-            if entry.nbytes != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]:
+            raw = entry.encoding == "raw"
+            if not raw and (entry.encoding != "delta" or self.base is None):
+                raise WireError(f"{where}: is {entry.encoding!r}, with {self.base} as its base")
+            fits = entry.nbytes == entry.size if raw else entry.nbytes < entry.size
+            if not fits:
                 raise WireError(
-                    f"{where}: {entry.nbytes} bytes cannot hold {entry.dtype} {entry.shape}"
+                    f"{where}: {entry.nbytes} bytes cannot hold {entry.dtype} {entry.shape} "
+                    f"{entry.encoding}"
                 )
-            if not 0 <= entry.bucket < len(ends) or entry.offset != ends[entry.bucket]:
-                raise WireError(f"{where}: does not follow the tensor before it in its bucket")
-            if entry.offset % ITEM_BYTES[entry.dtype]:
+            next_place = max(last, 0) <= entry.bucket <= last + 1 and entry.bucket < len(ends)
+            if not next_place or entry.offset != ends[entry.bucket]:
+                raise WireError(f"{where}: does not follow the tensor before it")
+            last = entry.bucket
+            if raw and entry.offset % ITEM_BYTES[entry.dtype]:
                 raise WireError(f"{where}: offset {entry.offset} is not aligned to {entry.dtype}")
             ends[entry.bucket] += entry.nbytes
         if tuple(ends) != self.bucket_bytes:
@@ -123,67 +158,102 @@ class Manifest:
 
 
 def version_digest(tensors: Iterable[TensorEntry]) -> str:
-    """SHA-256 over (name, dtype, shape, content digest), sorted by name: layout does not count."""
+    """SHA-256 over (name, dtype, shape, XXH3 of the bytes), sorted by name: layout does not
+    count."""
+    return digest_of_lines((t.name, t.dtype, t.shape, t.xxh3) for t in tensors)
+
+
+def digest_of_lines(tensors: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """SHA-256 over a line for each (name, dtype, shape, digest of the bytes), sorted by name."""
     lines = sorted(
-        f"{t.name} {t.dtype} {','.join(map(str, t.shape))} {t.sha256}\n" for t in tensors
+        f"{name} {dtype} {','.join(map(str, shape))} {digest}\n"
+        for name, dtype, shape, digest in tensors
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def buckets(tensors: Iterable[HostTensor], most: int) -> Iterator[list[HostTensor]]:
+    """Cuts a stream of tensors into buckets of at most `most` bytes; a larger tensor is alone."""
+    bucket: list[HostTensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.data.nbytes for t in bucket) + tensor.data.nbytes > most:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def entries(
+    index: int, bucket: Iterable[HostTensor], payloads: Mapping[str, np.ndarray] = NOTHING
+) -> tuple[list[TensorEntry], list[np.ndarray]]:
+    """Lays out and hashes the tensors of bucket `index`; returns them and their bytes, in order.
+
+    Args:
+      payloads: by name, for the tensors that travel as differences; uint8.
+    """
+    found, data, offset = [], [], 0
+    # Widest first, and payloads, whose sizes are odd, last; otherwise as they came.
+    for t in sorted(bucket, key=lambda t: (t.name in payloads, -ITEM_BYTES[t.dtype])):
+        encoding = "delta" if t.name in payloads else "raw"
+        data.append(payloads.get(t.name, t.data))
+        nbytes = data[-1].nbytes
+        about = (t.name, t.dtype, tuple(t.shape), index, offset, nbytes, xxh3(t.data), encoding)
+        found.append(TensorEntry(*about))
+        offset += nbytes
+    return found, data
+
+
+def manifest_of(version: int, entries: Iterable[TensorEntry], base: Base | None = None) -> Manifest:
+    """Of the entries of all buckets.
+
+    Raises:
+      WireError: they do not fill buckets 0, 1, 2, ... without a gap, or name a tensor twice.
+    """
+    ordered = tuple(sorted(entries, key=lambda t: (t.bucket, t.offset)))
+    sizes = [0] * (ordered[-1].bucket + 1 if ordered else 0)
+    for entry in ordered:
+        sizes[entry.bucket] += entry.nbytes
+    manifest = Manifest(version, ordered, tuple(sizes), version_digest(ordered), base)
+    manifest.check()
+    return manifest
+
+
 def pack(
     version: int, tensors: Iterable[HostTensor], bucket_bytes: int
-) -> tuple[Manifest, list[np.ndarray]]:
-    """Copies `tensors` into buckets of at most `bucket_bytes` (a larger tensor gets its own).
+) -> tuple[Manifest, list[list[np.ndarray]]]:
+    """The manifest and the buckets of tensors that are all in memory; nothing is copied."""
+    packed = [entries(i, bucket) for i, bucket in enumerate(buckets(tensors, bucket_bytes))]
+    manifest = manifest_of(version, itertools.chain.from_iterable(found for found, _ in packed))
+    return manifest, [data for _, data in packed]
 
-    Returns the manifest and the buckets, uint8 arrays that share no memory with the input.
+
+def verify(manifest: Manifest, data: Sequence[np.ndarray]) -> str:
+    """Returns the digest of a version, of whose tensors, in the manifest's order, `data` has the
+    bytes, uint8: no payloads.
+
+    Raises:
+      WireError: they are not what the manifest promises.
     """
-    ordered = sorted(tensors, key=lambda t: -ITEM_BYTES[t.dtype])  # stable: widest first
-    sizes: list[int] = []
-    entries = []
-    for tensor in ordered:
-        nbytes = tensor.data.nbytes
-        if not sizes or (sizes[-1] and sizes[-1] + nbytes > bucket_bytes):
-            sizes.append(0)
-        entries.append(
-            TensorEntry(
-                tensor.name,
-                tensor.dtype,
-                tuple(tensor.shape),
-                len(sizes) - 1,
-                sizes[-1],
-                nbytes,
-                sha256(tensor.data),
-            )
-        )
-        sizes[-1] += nbytes
-    buckets = [np.empty(size, np.uint8) for size in sizes]
-    for entry, tensor in zip(entries, ordered, strict=True):
-        buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes] = tensor.data
-    manifest = Manifest(version, tuple(entries), tuple(sizes), version_digest(entries))
-    manifest.check()
-    return manifest, buckets
-
-
-def tensor_bytes(entry: TensorEntry, buckets: Sequence[np.ndarray]) -> np.ndarray:
-    """The bytes of one tensor, uint8 [nbytes], a view."""
-    return buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
-
-
-def verify(manifest: Manifest, buckets: Sequence[np.ndarray]) -> None:
-    """Raises WireError unless `buckets` hold exactly the bytes that `manifest` promises."""
-    sizes = tuple(bucket.nbytes for bucket in buckets)
-    if sizes != manifest.bucket_bytes:
+    if len(data) != len(manifest.tensors):
         raise WireError(
-            f"version {manifest.version}: buckets of {list(sizes)} bytes arrived, the manifest "
-            f"promises {list(manifest.bucket_bytes)}"
+            f"version {manifest.version}: {len(data)} tensors arrived, the manifest promises "
+            f"{len(manifest.tensors)}"
         )
-    for entry in manifest.tensors:
-        found = sha256(tensor_bytes(entry, buckets))
-        if found != entry.sha256:
+    for entry, found in zip(manifest.tensors, data, strict=True):
+        where = f"version {manifest.version}, tensor {entry.name!r}"
+        if found.nbytes != entry.size:
+            raise WireError(f"{where}: {found.nbytes} bytes arrived, promised are {entry.size}")
+        if (digest := xxh3(found)) != entry.xxh3:
             raise WireError(
-                f"version {manifest.version}, tensor {entry.name!r}: SHA-256 {found[:16]}… "
-                f"arrived, the manifest promises {entry.sha256[:16]}…"
+                f"{where}: XXH3 {digest[:16]}… arrived, the manifest promises {entry.xxh3[:16]}…"
             )
+    return manifest.digest
+
+
+def xxh3(data: np.ndarray) -> str:
+    """XXH3-128 of an array's bytes, 32 hex digits. Releases the interpreter's lock."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(data).data)
 
 
 def sha256(data: np.ndarray) -> str:
@@ -196,9 +266,13 @@ def _count(value: Any) -> int:
     return value
 
 
+def _base(item: dict[str, Any] | None) -> Base | None:
+    return None if item is None else Base(_count(item["version"]), str(item["digest"]))
+
+
 def _entry(item: dict[str, Any]) -> TensorEntry:
-    if not _SHA256.fullmatch(item["sha256"]):
-        raise ValueError(f"{item['sha256']!r} is not a SHA-256")
+    if not _XXH3.fullmatch(item["xxh3"]):
+        raise ValueError(f"{item['xxh3']!r} is not an XXH3-128")
     return TensorEntry(
         name=str(item["name"]),
         dtype=str(item["dtype"]),
@@ -206,5 +280,6 @@ def _entry(item: dict[str, Any]) -> TensorEntry:
         bucket=_count(item["bucket"]),
         offset=_count(item["offset"]),
         nbytes=_count(item["nbytes"]),
-        sha256=item["sha256"],
+        xxh3=item["xxh3"],
+        encoding=str(item["encoding"]),
     )

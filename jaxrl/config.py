@@ -270,6 +270,15 @@ class PublishSection(Section):
         "engines run float32 or are in the trainer",
     )
     shuttle_dir: str | None = knob(None, "directory of the shuttle; default: weights/ in the run")
+    encoding: Literal["auto", "full", "delta"] = knob(
+        "auto",
+        "full: every version whole; delta: what changed since the last, without loss, and a copy "
+        "of a version in the trainer's memory and in each engine's; auto: full until a version "
+        "takes more than a second to reach the engines, at less than 2.5 GB/s",
+    )
+    anchor_every: int = knob(
+        16, "deltas after which a version is whole again", unit="versions", ge=1
+    )
     bucket_mib: int = knob(256, "size of one buffer on the wire", unit="MiB", ge=1)
     keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
     timeout_s: float = knob(120.0, "deadline for one publish", unit="seconds", gt=0.0)

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,10 +184,12 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         metrics |= describe_rewards(rewards_PG, weights_PG)
         metrics |= describe_rollouts(groups, rollout_s, update_s)
         metrics |= describe_packing(groups, batch)
+        metrics |= {f"publish/{name}_s": seconds for name, seconds in report.phases.items()}
         metrics |= {
             "lag/max": lag_max,
             "weights/version": version,
             "publish/bytes": report.bytes,
+            "publish/delta": int(report.base is not None),
             "publish/engines": report.engines,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
             "data/cursor": cursor,
@@ -398,9 +400,9 @@ class Learner:
     state: TrainState
     update: Update
     score: Score
-    export: Exporter  # of what trains, for every publish
-    export_frozen: Exporter  # of the weights beside adapters
-    export_merged: Exporter  # of the whole policy, from what trains
+    export: Exporter | LedExporter  # of what trains, for every publish
+    export_frozen: Exporter | LedExporter  # of the weights beside adapters
+    export_merged: Callable[[Params], list[HostTensor]]  # of the whole policy, from what trains
 
     def save(self, params: Params, model_path: str, model_dir: Path, run_dir: RunDir) -> None:
         """What the run was for: a Hugging Face directory, and of adapters a PEFT one as well."""
@@ -430,10 +432,35 @@ def lead(hosts: Hosts, learner: Learner) -> Learner:
         learner,
         update=update,
         score=hosts.together("score", learner.score),
-        export=hosts.together("export", learner.export),
-        export_frozen=hosts.together("export_frozen", learner.export_frozen),
+        export=LedExporter(hosts, "export", learner.export),
+        export_frozen=LedExporter(hosts, "export_frozen", learner.export_frozen),
         export_merged=hosts.together("export_merged", learner.export_merged),
     )
+
+
+@dataclass
+class LedExporter:
+    """An exporter of the first process, which the others export with."""
+
+    hosts: Hosts
+    order: str
+    exporter: Exporter | LedExporter
+
+    @property
+    def plan(self) -> Sequence[Any]:
+        return self.exporter.plan
+
+    @property
+    def nbytes(self) -> int:
+        return self.exporter.nbytes
+
+    def groups(self, params: Params) -> Iterator[list[HostTensor]]:
+        self.hosts.announce(self.order)
+        return self.exporter.groups(params)
+
+    def __call__(self, params: Params) -> list[HostTensor]:
+        self.hosts.announce(self.order)
+        return self.exporter(params)
 
 
 @dataclass
@@ -458,7 +485,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     import jax
 
     from bridge.checkpoints import load_params
-    from bridge.export import make_exporter
+    from bridge.export import Exporter
     from jaxrl.mesh import kept_whole, make_mesh, param_shardings
     from jaxrl.models.decoder import init_params
     from jaxrl.models.lora import fingerprint, merged_params, with_adapters
@@ -483,8 +510,8 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     update = make_update(
         policy, optimizer, c.algorithm, c.update, c.rollout.temperature, mesh, state, frozen
     )
-    export = make_exporter(trained, c.wire_dtype)
-    export_frozen = make_exporter(specs, FROZEN_DTYPE)
+    export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20)
+    export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
 
     def export_merged(params: Params) -> list[HostTensor]:
         if lora is None:
@@ -595,6 +622,7 @@ def connect_bridge(
     """What carries each version from the learner to the engines, and proves that it arrived."""
     from bridge.channels.object_store import ObjectStoreChannel
     from bridge.channels.shuttle import ShuttleChannel
+    from bridge.encoding import Encoder
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
 
@@ -610,12 +638,12 @@ def connect_bridge(
         learner.score,
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
-        bucket_bytes=c.publish.bucket_mib << 20,
+        encoder=Encoder(c.publish.encoding, c.publish.anchor_every),
         warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
     )
     if learner.frozen is not None:
         expected = expected_tensors(learner.specs, FROZEN_DTYPE)
-        publisher.publish_frozen(learner.export_frozen(learner.frozen), expected, next_version())
+        publisher.publish_frozen(learner.export_frozen, learner.frozen, expected, next_version())
     return publisher.publish
 
 

@@ -80,10 +80,12 @@ class PublishReport:
 
     version: int
     digest: str  # of the whole version, equal at both ends; "" where no bytes crossed
-    bytes: int
+    bytes: int  # that crossed
     seconds: float
     engines: int  # that acknowledged
     probe_max_abs_dlogp: float  # nats, engine against trainer on the probe prompt
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds of each
+    base: int | None = None  # the version that it went as a difference from
 
 
 class TrainBatch(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bridge.checkpoints import load_params, save_model
-from bridge.export import make_exporter
+from bridge.export import Exporter
 from jaxrl.config import MeshSection
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
 from jaxrl.models.config import DecoderConfig, MoeConfig
@@ -135,7 +135,7 @@ def test_split_experts_are_loaded_and_exported_bit_for_bit(layout, tmp_path):
     _, params, specs = make_policy(layout)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text("{}")
-    export = make_exporter(specs, "float32")
+    export = Exporter(specs, "float32")
     save_model(export(params), tmp_path / "source", tmp_path / "model")
     shardings = param_shardings(specs, make_mesh(MeshSection(**MESHES[1])))
     loaded = load_params(tmp_path / "model", specs, shardings)

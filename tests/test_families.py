@@ -21,7 +21,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from bridge.checkpoints import load_params
-from bridge.export import make_exporter
+from bridge.export import Exporter
 from jaxrl.config import MeshSection
 from jaxrl.mesh import kept_whole, make_mesh, param_shardings
 from jaxrl.models.attention import Packed
@@ -104,7 +104,7 @@ def test_logits_equal_those_of_transformers(name, logits):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_read_is_exported_under_the_same_names_bit_for_bit(name, directory, load):
     policy, params = load(name)
-    exported = make_exporter(param_specs(policy.config), "float32")(params)
+    exported = Exporter(param_specs(policy.config), "float32")(params)
     saved = load_file(directory(name) / "model.safetensors")
     assert len(exported) == len(saved)
     for tensor in exported:
@@ -187,7 +187,7 @@ def test_a_mesh_gives_the_gradients_of_one_device(name, load):
 def test_gradients_are_those_of_torch(name, load, tmp_path):
     """The model of transformers with gradients for weights is saved, and so named as weights."""
     policy, params = load(name)
-    exported = make_exporter(param_specs(policy.config), "float32")(gradients(policy, params))
+    exported = Exporter(param_specs(policy.config), "float32")(gradients(policy, params))
     model = copy.deepcopy(family_model(name))
     logs_BTV = torch.log_softmax(model(torch.tensor(TOKENS_BT).long()).logits, -1)
     (logs_BTV**2).mean().backward()

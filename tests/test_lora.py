@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from bridge.checkpoints import load_params
-from bridge.export import make_exporter
+from bridge.export import Exporter
 from bridge.names import hf_tensors
 from bridge.peft import adapter_config, save_adapter
 from jaxrl.config import MeshSection, UpdateSection
@@ -190,7 +190,7 @@ def test_training_moves_the_adapters_as_torch_and_peft_do_and_nothing_else(mesh,
         for name in ("loss", "grad_norm", "update_norm", "entropy"):
             np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-4, err_msg=name)
         adapted.model.double()
-    exported = {t.name: t for t in make_exporter(adapted.trained, "float32")(state.params)}
+    exported = {t.name: t for t in Exporter(adapted.trained, "float32")(state.params)}
     for name, weight in adapted.torch_adapters().items():
         ours = exported[name].data.view(np.float32).reshape(exported[name].shape)
         np.testing.assert_allclose(ours, weight, atol=3e-5, err_msg=name)
@@ -200,7 +200,7 @@ def test_training_moves_the_adapters_as_torch_and_peft_do_and_nothing_else(mesh,
 def test_peft_loads_what_is_exported_on_top_of_the_base(adapted, tmp_path):
     adapters = adapted.adapters()
     settings = adapter_config(adapted.lora, adapted.trained, str(adapted.directory))
-    save_adapter(make_exporter(adapted.trained, "float32")(adapters), settings, tmp_path / "out")
+    save_adapter(Exporter(adapted.trained, "float32")(adapters), settings, tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(adapted.directory, attn_implementation="eager")
     loaded = peft.PeftModel.from_pretrained(base.float().eval(), tmp_path / "out")
     with torch.no_grad():

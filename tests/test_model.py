@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bridge.checkpoints import load_params, save_model
-from bridge.export import make_exporter
+from bridge.export import Exporter
 from bridge.names import expected_tensors
 from jaxrl.config import MeshSection, ModelSection
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
@@ -309,7 +309,7 @@ def test_what_was_read_is_written_back_bit_for_bit(dtype, tied, mesh, tmp_path):
     model = make_reference(seed=3, tie_word_embeddings=tied).to(getattr(torch, dtype))
     source = save_reference(model, tmp_path / "source")
     policy, params = load(source, mesh)
-    export = make_exporter(param_specs(policy.config), dtype)
+    export = Exporter(param_specs(policy.config), dtype)
     save_model(export(params), source, tmp_path / "target")
     before = raw_tensors(source)
     assert {str(kind) for kind, *_ in before.values()} == {f"torch.{dtype}"}
@@ -319,9 +319,7 @@ def test_what_was_read_is_written_back_bit_for_bit(dtype, tied, mesh, tmp_path):
 def test_transformers_opens_what_was_written(reference, loaded, directory, tmp_path):
     policy, params = loaded
     (directory / "tokenizer.json").write_text("{}")
-    save_model(
-        make_exporter(param_specs(policy.config), "float32")(params), directory, tmp_path / "out"
-    )
+    save_model(Exporter(param_specs(policy.config), "float32")(params), directory, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert model.dtype == torch.float32
     np.testing.assert_array_equal(logits_of(model, TOKENS_BT), logits_of(reference, TOKENS_BT))
@@ -335,7 +333,7 @@ def test_writing_over_a_directory_replaces_it_and_leaves_nothing_beside_it(
     target = tmp_path / "out"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    export = make_exporter(param_specs(policy.config), "bfloat16")
+    export = Exporter(param_specs(policy.config), "bfloat16")
     save_model(export(params), directory, target)
     assert not (target / "old.txt").exists()
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
@@ -360,7 +358,7 @@ def test_a_tied_checkpoint_may_carry_its_head_a_second_time(tmp_path):
 def test_an_export_is_exactly_what_receivers_expect(dtype, tied):
     model = make_reference(seed=4, tie_word_embeddings=tied)
     config = config_of(model)
-    tensors = make_exporter(param_specs(config), dtype)(jax.tree.map(jnp.asarray, params_of(model)))
+    tensors = Exporter(param_specs(config), dtype)(jax.tree.map(jnp.asarray, params_of(model)))
     found = [(t.name, t.dtype, t.shape) for t in tensors]
     assert found == expected_tensors(param_specs(config), dtype)
     state = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
@@ -377,7 +375,7 @@ def test_an_export_survives_the_donation_of_the_parameters(reference):
     config = config_of(reference)
     params = jax.tree.map(jnp.array, params_of(reference))
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
-    tensors = make_exporter(param_specs(config), "float32")(params)
+    tensors = Exporter(param_specs(config), "float32")(params)
     before = {tensor.name: tensor.data.copy() for tensor in tensors}
     assert not pointers & {tensor.data.ctypes.data for tensor in tensors}
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from bridge.channels import ChannelError, Ticket
+from bridge.channels import Channel, ChannelError, Ticket
 from bridge.publisher import Publisher, PublishError
-from bridge.wire import HostTensor, tensor_bytes, verify
+from bridge.wire import HostTensor, verify
 from jaxrl.types import RunError
 
 PROBE = (5, 6, 7)
@@ -55,23 +55,48 @@ class FakeEngine:
         return logprobs[:-1] if self.fault == "short" else logprobs
 
 
-class FakeChannel:
+class FakeChannel(Channel):
     """Versions in memory."""
 
     def __init__(self):
-        self.versions = {}
+        self.versions, self.puts, self.aborted = {}, 0, 0
+        self.full_at = None  # bucket that there is no room for
 
-    def publish(self, manifest, buckets):
-        if manifest.version in self.versions:
-            raise ChannelError(f"version {manifest.version} exists")
-        self.versions[manifest.version] = (manifest, buckets)
-        return Ticket("fake", manifest.version, manifest.digest, "memory")
+    def begin(self, version, buckets, nbytes):
+        if version in self.versions:
+            raise ChannelError(f"version {version} exists")
+        return FakeShipment(self, version, buckets)
+
+    def close(self):
+        pass
 
     def read(self, ticket):
-        manifest, buckets = self.versions[ticket.version]
-        verify(manifest, buckets)
-        weights = tensor_bytes(manifest.tensors[0], buckets).view(np.float32)
-        return manifest.version, manifest.digest, weights
+        manifest, data = self.versions[ticket.version]
+        verify(manifest, data)
+        return manifest.version, manifest.digest, data[0].view(np.float32)
+
+
+class FakeShipment:
+    def __init__(self, channel, version, count):
+        self.channel, self.version, self.count = channel, version, count
+        self.buckets = {}
+        self.aborted = False
+
+    def put(self, entries, data):
+        (index,) = {entry.bucket for entry in entries}
+        if index == self.channel.full_at:
+            raise ChannelError("no space")
+        self.channel.puts += 1
+        self.buckets[index] = [array.copy() for array in data]
+
+    def finish(self, manifest):
+        assert sorted(self.buckets) == list(range(self.count))
+        data = [array for index in sorted(self.buckets) for array in self.buckets[index]]
+        self.channel.versions[self.version] = (manifest, data)
+        return Ticket("fake", self.version, manifest.digest, "memory")
+
+    def abort(self):
+        self.channel.aborted += self.version not in self.channel.versions
 
 
 class FakeFleet:
@@ -115,8 +140,17 @@ def model(weights, tokens):
     return np.array([0.0, *(-weights[t % len(weights)] for t in tokens[1:])], np.float32)
 
 
-def export(params):
-    return [HostTensor("w", "float32", params.shape, params.view(np.uint8).reshape(-1).copy())]
+class Export:
+    """Weights by name, each a group of its own; counts the groups that were taken."""
+
+    def __init__(self, names=("w",)):
+        self.plan, self.nbytes, self.taken = names, 16 * len(names), 0
+
+    def groups(self, params):
+        for name in self.plan:
+            self.taken += 1
+            data = params.view(np.uint8).reshape(-1).copy()
+            yield [HostTensor(name, "float32", params.shape, data)]
 
 
 def make(**engines):
@@ -125,13 +159,12 @@ def make(**engines):
     fleet = FakeFleet(channel, **engines)
     warnings = []
     publisher = Publisher(
-        export,
+        Export(),
         channel,
         fleet,
         model,
         probe=PROBE,
         probe_tolerance=TOLERANCE,
-        bucket_bytes=1 << 20,
         warn=warnings.append,
     )
     return publisher, fleet, warnings
@@ -271,7 +304,7 @@ EXPECTED = [("w", "float32", (4,))]
 
 def test_frozen_weights_are_carried_and_loaded_and_nobody_is_admitted_yet():
     publisher, fleet, warnings = make(a=FakeEngine(), b=FakeEngine())
-    publisher.publish_frozen(export(params()), EXPECTED, 3)
+    publisher.publish_frozen(Export(), params(), EXPECTED, 3)
     assert fleet.asked == ["stage", "commit"] and fleet.expected == [EXPECTED]
     assert not fleet.serving and not warnings
     np.testing.assert_array_equal(fleet.engines["b"].weights, params())
@@ -284,9 +317,36 @@ def test_frozen_weights_are_carried_and_loaded_and_nobody_is_admitted_yet():
 def test_an_engine_that_does_not_get_the_frozen_weights_is_named(fault):
     engine, said = faulty(fault)
     publisher, _, warnings = make(good=FakeEngine(), bad=engine)
-    publisher.publish_frozen(export(params()), EXPECTED, 7)
+    publisher.publish_frozen(Export(), params(), EXPECTED, 7)
     assert len(warnings) == 1 and "bad: " in warnings[0] and re.search(said, warnings[0])
     alone, _ = faulty(fault)
     publisher, *_ = make(bad=alone)
     with pytest.raises(PublishError, match=said):
-        publisher.publish_frozen(export(params()), EXPECTED, 7)
+        publisher.publish_frozen(Export(), params(), EXPECTED, 7)
+
+
+NAMES = tuple("abcdefghij")
+
+
+def test_every_group_is_a_bucket_in_the_order_of_the_export():
+    publisher, fleet, _ = make(a=FakeEngine())
+    publisher.publish_frozen(Export(NAMES), params(), EXPECTED, 0)
+    manifest, data = fleet.channel.versions[0]
+    assert [(entry.name, entry.bucket) for entry in manifest.tensors] == [
+        (name, index) for index, name in enumerate(NAMES)
+    ]
+    verify(manifest, data)
+
+
+@pytest.mark.parametrize("full_at", [0, 4, len(NAMES) - 1])
+def test_a_bucket_that_cannot_be_put_ends_the_publish_and_the_export_is_still_taken(full_at):
+    """Of several processes all must take every group, or the mesh would wait for one of them."""
+    publisher, fleet, _ = make(a=FakeEngine())
+    fleet.channel.full_at, export = full_at, Export(NAMES)
+    with pytest.raises(ChannelError, match="no space"):
+        publisher.publish_frozen(export, params(), EXPECTED, 0)
+    assert export.taken == len(NAMES) and fleet.channel.puts <= full_at + 3
+    assert not fleet.asked and fleet.channel.aborted == 1
+    fleet.channel.full_at = None
+    publisher.publish_frozen(export, params(), EXPECTED, 1)
+    assert fleet.asked == ["stage", "commit"]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge.wire import HostTensor, TensorEntry, sha256, version_digest
+from bridge.wire import HostTensor, digest_of_lines, sha256
 from jaxrl import durable
 from jaxrl.model_dir import find_model
 from jaxrl.models.config import DecoderConfig, LoraConfig, load_config
@@ -269,9 +269,9 @@ def export_group(weights: Weights, part: dict[Leaf, ParamSpec], dtype: str) -> l
     Raises:
       UserError: a value is too large for `dtype`.
     """
-    from bridge.export import make_exporter
+    from bridge.export import Exporter
 
-    tensors = make_exporter(part, dtype)(tree_of(weights.read(part)))
+    tensors = Exporter(part, dtype)(tree_of(weights.read(part)))
     for tensor in tensors if dtype == "float16" else []:
         # bfloat16 reaches as far as float32; float16 ends at 65504, and would say infinity.
         if np.isinf(tensor.data.view(np.float16)).any():
@@ -289,22 +289,22 @@ class Tally:
     """Counts and hashes tensors on their way."""
 
     def __init__(self) -> None:
-        self.entries: list[TensorEntry] = []
+        self.nbytes = 0
+        self.lines: list[tuple[str, str, tuple[int, ...], str]] = []  # see `digest_of_lines`
 
     def through(self, tensors: Iterable[HostTensor]) -> Iterator[HostTensor]:
         for t in tensors:
-            entry = TensorEntry(t.name, t.dtype, t.shape, 0, 0, t.data.nbytes, sha256(t.data))
-            self.entries.append(entry)
+            self.nbytes += t.data.nbytes
+            self.lines.append((t.name, t.dtype, t.shape, sha256(t.data)))
             yield t
 
     def report(self, target: Path, seconds: float, step: int | None = None) -> str:
-        nbytes = sum(entry.nbytes for entry in self.entries)
-        dtypes = ", ".join(sorted({entry.dtype for entry in self.entries}))
+        dtypes = ", ".join(sorted({dtype for _, dtype, _, _ in self.lines}))
         of = "" if step is None else f" (step {step})"
         return (
-            f"{target}: {len(self.entries)} tensors, {nbytes} bytes, {dtypes}{of}\n"
-            f"{seconds:.1f} s, {nbytes / 1e9 / seconds:.3g} GB/s\n"
-            f"weight digest {version_digest(self.entries)}"
+            f"{target}: {len(self.lines)} tensors, {self.nbytes} bytes, {dtypes}{of}\n"
+            f"{seconds:.1f} s, {self.nbytes / 1e9 / seconds:.3g} GB/s\n"
+            f"weight digest {digest_of_lines(self.lines)}"
         )
 
 

@@ -25,7 +25,7 @@ import reasoning_gym
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bridge.checkpoints import save_model
-from bridge.export import make_exporter
+from bridge.export import Exporter
 from jaxrl.losses import token_logprobs
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Params, Policy, init_params
@@ -56,7 +56,7 @@ def main() -> None:
     config = load_config(options.out)
     policy = Policy(config, jnp.float32)
     params = fine_tune(policy, tokenizer, options.steps, options.seed)
-    export = make_exporter(param_specs(config), "bfloat16")
+    export = Exporter(param_specs(config), "bfloat16")
     save_model(export(params), options.out, options.out)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out}: {size / 1e6:.2f} MB")

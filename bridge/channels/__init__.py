@@ -1,9 +1,10 @@
 """How one version of the weights travels from the trainer to every engine.
 
-The trainer calls `publish` and sends the ticket, by whatever means, to the workers; a worker calls
-`fetch` with it. A ticket is small JSON and names exactly one version: `fetch` returns all of that
-version or raises. Nothing outside this package asks which channel it has: a new channel is one file
-here and one row in `_FETCHERS`.
+The trainer begins a shipment, puts the buckets of one version into it, in any order and from
+several threads, and finishes it with the manifest. The ticket it gets is sent, by whatever means,
+to the workers, and a worker calls `fetch` with it. A ticket is small JSON and names exactly one
+version: `fetch` returns all of that version or raises. Nothing outside this package asks which
+channel it has: a new channel is one file here and one row in `_FETCHERS`.
 
 Both ends load this package: no jax, no torch, and ray only where the object store is used.
 """
@@ -11,14 +12,17 @@ Both ends load this package: no jax, no torch, and ray only where the object sto
 import dataclasses
 import importlib
 import json
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from bridge.wire import Manifest, WireError
+from bridge.wire import Base, Manifest, TensorEntry, WireError
 from jaxrl.types import RunError
 
-# Channel name -> the module whose `fetch(ticket, deadline_s)` reads what that channel publishes.
+# Channel name -> the module whose `fetch(ticket, deadline_s)` reads what that channel publishes,
+# and whose `address_of(address, version)` makes of one version's address another's.
 _FETCHERS = {
     "object_store": "bridge.channels.object_store",
     "shuttle": "bridge.channels.shuttle",
@@ -56,40 +60,87 @@ class Ticket:
         return ticket
 
 
-class Channel(Protocol):
+def live(bases: Mapping[int, int | None], keep: int) -> set[int]:
+    """Of versions and what each is based on: the newest `keep`, and all that those need."""
+    needed: set[int] = set()
+    for newest in sorted(bases)[-keep:]:
+        version: int | None = newest
+        while version is not None and version not in needed:
+            needed.add(version)
+            version = bases.get(version)
+    return needed
+
+
+class Shipment(Protocol):
+    """One version on its way into a channel. No reader sees any of it until it is finished."""
+
+    def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
+        """Stores one whole bucket: its entries in order, and the bytes of each.
+
+        The arrays may change once this has returned. Several threads may call it at a time.
+
+        Raises:
+          ChannelError: it could not be stored.
+        """
+        ...
+
+    def finish(self, manifest: Manifest) -> Ticket:
+        """Makes the version readable as a whole; old ones that no other needs may be dropped.
+
+        Raises:
+          ChannelError: it is not readable, and never will be.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Drops what was put. Does nothing once the shipment is finished."""
+        ...
+
+
+class Channel(ABC):
     """The sending half of a channel. The receiving half is a module function, `fetch`."""
 
-    def publish(self, manifest: Manifest, buckets: list[np.ndarray]) -> Ticket:
-        """Stores one version under a number never used before; old versions may be dropped.
+    @abstractmethod
+    def begin(self, version: int, buckets: int, nbytes: int) -> Shipment:
+        """Begins a version of so many buckets and bytes, under a number never used before.
+
+        Raises:
+          ChannelError: there is no room for it, or the number was used; nothing has changed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases what only this process holds. Tickets may stop working."""
+
+    def publish(self, manifest: Manifest, buckets: Sequence[Sequence[np.ndarray]]) -> Ticket:
+        """Stores a version that is all in memory; see `wire.pack`.
 
         Raises:
           ChannelError: nothing was stored, and versions published before are as they were
             or were dropped because they were the oldest.
         """
-        ...
-
-    def close(self) -> None:
-        """Releases what only this process holds. Tickets may stop working."""
-        ...
+        shipment = self.begin(manifest.version, len(buckets), manifest.nbytes)
+        try:
+            for index, data in enumerate(buckets):
+                shipment.put([e for e in manifest.tensors if e.bucket == index], data)
+            return shipment.finish(manifest)
+        finally:
+            shipment.abort()
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
-    """Returns the version that `ticket` names, as read-only uint8 buckets, not copied if possible.
+    """Returns the version that `ticket` names: its manifest, and what lies in the buckets for each
+    tensor, in the manifest's order, uint8, read-only and not copied if possible.
 
-    The manifest is proven to be the ticket's; the bytes in the buckets are not checked against it:
-    the receiver does that once, on what it hands to its model.
+    The manifest is proven to be the ticket's; the bytes are not checked against it: the receiver
+    does that once, on what it hands to its model.
 
     Raises:
       ChannelError: the version is not there within `deadline_s`, or is not the ticket's.
     """
-    if ticket.channel not in _FETCHERS:
-        raise ChannelError(
-            f"weight version {ticket.version}: its ticket is for channel {ticket.channel!r}, and "
-            f"this worker knows {sorted(_FETCHERS)}; install the trainer's release here too"
-        )
-    channel = importlib.import_module(_FETCHERS[ticket.channel])
+    channel = _receiving(ticket)
     try:
-        manifest, buckets = channel.fetch(ticket, deadline_s)
+        manifest, data = channel.fetch(ticket, deadline_s)
     except WireError as error:
         raise ChannelError(f"weight version {ticket.version}: {error}") from error
     if (manifest.version, manifest.digest) != (ticket.version, ticket.digest):
@@ -97,4 +148,19 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
             f"weight version {ticket.version}, digest {ticket.digest[:16]}…, was announced, and "
             f"{ticket.channel} holds version {manifest.version}, digest {manifest.digest[:16]}…"
         )
-    return manifest, buckets
+    return manifest, data
+
+
+def earlier(ticket: Ticket, base: Base) -> Ticket:
+    """The ticket of the version that the ticket's one is based on."""
+    address = _receiving(ticket).address_of(ticket.address, base.version)
+    return Ticket(ticket.channel, base.version, base.digest, address)
+
+
+def _receiving(ticket: Ticket) -> Any:
+    if ticket.channel not in _FETCHERS:
+        raise ChannelError(
+            f"weight version {ticket.version}: its ticket is for channel {ticket.channel!r}, and "
+            f"this worker knows {sorted(_FETCHERS)}; install the trainer's release here too"
+        )
+    return importlib.import_module(_FETCHERS[ticket.channel])

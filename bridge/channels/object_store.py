@@ -1,7 +1,8 @@
 """Weights through Ray's object store: shared memory, one copy on a node for all its workers.
 
-Buckets travel as uint8 arrays, which Ray maps into every reader without a copy. (It pickles
-bfloat16 arrays element by element: more than ten times slower.)
+A bucket is one object, a list of uint8 arrays: Ray copies them into shared memory, end to end, and
+maps them into every reader without a copy. (It pickles bfloat16 arrays element by element: more
+than ten times slower; and an object for each tensor would be five times slower.)
 
 The publisher owns the objects. A reader is not always a Ray worker (vLLM loads weights in a child
 process of the actor), and a reference that is pickled outside Ray's own messages pins its object
@@ -9,79 +10,88 @@ until the owner exits: each version would stay in memory for ever. So references
 handed out by a small actor, the shelf, and a ticket says where the shelf is.
 """
 
+import contextlib
+import itertools
 import json
 import logging
 import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 
-from bridge.channels import ChannelError, Ticket
-from bridge.wire import Manifest
+from bridge.channels import Channel, ChannelError, Ticket, live
+from bridge.wire import Manifest, TensorEntry
 
 NAME = "object_store"
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
 
 
 class Shelf:
-    """Holds the references of the live versions and hands them to whoever asks. A Ray actor."""
+    """Holds the references of the live versions and hands them to whoever asks. A Ray actor.
+
+    References come and go in lists: Ray would replace one that is an argument by its object.
+    """
 
     def __init__(self) -> None:
-        self._refs: dict[int, list[Any]] = {}
+        self._coming: dict[int, dict[int, Any]] = {}  # version -> bucket -> reference
+        self._refs: dict[int, list[Any]] = {}  # version -> manifest, bucket 0, 1, ...
+        self._bases: dict[int, int | None] = {}
 
-    def put(self, version: int, refs: list[Any]) -> None:
-        self._refs[version] = refs
+    def add(self, version: int, bucket: int, refs: list[Any]) -> None:
+        self._coming.setdefault(version, {})[bucket] = refs[0]
 
-    def drop(self, version: int) -> None:
-        self._refs.pop(version, None)
+    def finish(
+        self, version: int, base: int | None, manifest: list[Any], buckets: int, keep: int
+    ) -> list[int]:
+        """Makes a version readable; returns the buckets that it lacks, and then it is not."""
+        coming = self._coming.pop(version, {})
+        missing = sorted(set(range(buckets)) - coming.keys())
+        if not missing:
+            self._refs[version] = [*manifest, *(coming[i] for i in range(buckets))]
+            self._bases[version] = base
+            for old in self._refs.keys() - live(self._bases, keep):
+                del self._refs[old], self._bases[old]
+        return missing
+
+    def abort(self, version: int) -> None:
+        self._coming.pop(version, None)
 
     def take(self, version: int) -> tuple[list[Any] | None, list[int]]:
         """The references of `version` or None, and the versions that there are."""
         return self._refs.get(version), sorted(self._refs)
 
 
-class ObjectStoreChannel:
-    """Keeps the newest `keep_versions` versions in the object store of the trainer's node.
+class ObjectStoreChannel(Channel):
+    """Keeps the newest `keep_versions` versions, and those that they are based on, in the object
+    store of the trainer's node.
 
-    Ray must be initialised in this process before the first `publish`.
+    Ray must be initialised in this process before the first `begin`.
     """
 
     def __init__(self, keep_versions: int = 2):
         if keep_versions < 1:
             raise ValueError(f"keep_versions = {keep_versions}: the newest version must be kept")
         self._keep = keep_versions
-        self._kept: list[int] = []
         self._newest = -1
         self._name = f"weights-{uuid.uuid4().hex}"
         self._shelf: Any = None
 
-    def publish(self, manifest: Manifest, buckets: list[np.ndarray]) -> Ticket:
-        """See `Channel.publish`. Blocks while the bytes are copied, at memory speed."""
-        version = manifest.version
+    def begin(self, version: int, buckets: int, nbytes: int) -> "ObjectStoreShipment":
+        """See `Channel.begin`."""
         if version <= self._newest:
             raise ChannelError(
                 f"weight version {version} cannot be published after version {self._newest}: "
                 "versions only grow"
             )
-        _check_capacity(manifest, self._keep)
-        try:
-            shelf = self._shelf or self._start_shelf()
-            refs = [ray.put(manifest.to_json())]
-            refs += [ray.put(_plain_bytes(bucket)) for bucket in buckets]
-            _wait(shelf.put.remote(version, refs))
-            self._kept.append(version)
-            while len(self._kept) > self._keep:
-                _wait(shelf.drop.remote(self._kept[0]))
-                self._kept.pop(0)
-        except RayError as error:
-            raise ChannelError(
-                f"weight version {version}, {manifest.nbytes} bytes, could not be put into the "
-                f"object store: {error}"
-            ) from error
+        _check_capacity(version, nbytes, self._keep)
+        with _plain_errors(version, "begun"):
+            self._shelf = self._shelf or self._start_shelf()
         self._newest = version
-        return Ticket(NAME, version, manifest.digest, self._address())
+        address = json.dumps({"gcs": ray.get_runtime_context().gcs_address, "shelf": self._name})
+        return ObjectStoreShipment(self._shelf, version, self._keep, address)
 
     def close(self) -> None:
         if self._shelf is not None:
@@ -94,13 +104,42 @@ class ObjectStoreChannel:
         self._shelf = ray.remote(Shelf).options(**options).remote()
         return self._shelf
 
-    def _address(self) -> str:
-        gcs = ray.get_runtime_context().gcs_address
-        return json.dumps({"gcs": gcs, "shelf": self._name})
+
+class ObjectStoreShipment:
+    """See `bridge.channels.Shipment`."""
+
+    def __init__(self, shelf: Any, version: int, keep: int, address: str):
+        self._shelf, self._version, self._keep, self._address = shelf, version, keep, address
+        self._done = False
+
+    def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
+        """Copies at memory speed."""
+        with _plain_errors(self._version, f"put into the object store, bucket {entries[0].bucket}"):
+            reference = ray.put([_plain_bytes(array) for array in data])
+            _wait(self._shelf.add.remote(self._version, entries[0].bucket, [reference]))
+
+    def finish(self, manifest: Manifest) -> Ticket:
+        count = len(manifest.bucket_bytes)
+        with _plain_errors(self._version, "finished"):
+            text = [ray.put(manifest.to_json())]
+            base = None if manifest.base is None else manifest.base.version
+            missing = _wait(self._shelf.finish.remote(self._version, base, text, count, self._keep))
+        if missing:
+            raise ChannelError(
+                f"weight version {self._version} lacks buckets {missing} of {count}: they were "
+                "never put"
+            )
+        self._done = True
+        return Ticket(NAME, self._version, manifest.digest, self._address)
+
+    def abort(self) -> None:
+        if not self._done:
+            self._done = True
+            self._shelf.abort.remote(self._version)
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
-    """See `bridge.channels.fetch`. The buckets are views of shared memory and keep it alive."""
+    """See `bridge.channels.fetch`. The arrays are views of shared memory and keep it alive."""
     try:
         address = json.loads(ticket.address)
         gcs, name = str(address["gcs"]), str(address["shelf"])
@@ -119,14 +158,19 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
     except GetTimeoutError as error:
         raise ChannelError(
             f"weight version {ticket.version} did not arrive from the object store within "
-            f"{deadline_s:g} s; is the network between this node and the trainer's up?"
+            f"{deadline_s:.3g} s; is the network between this node and the trainer's up?"
         ) from error
     except (ObjectLostError, RayError, ConnectionError, ValueError) as error:
         raise ChannelError(
             f"weight version {ticket.version} cannot be had from the object store at {gcs} within "
-            f"{deadline_s:g} s; the trainer that published it, or its node, is gone: {error}"
+            f"{deadline_s:.3g} s; the trainer that published it, or its node, is gone: {error}"
         ) from error
-    return Manifest.from_json(text), buckets
+    return Manifest.from_json(text), list(itertools.chain.from_iterable(buckets))
+
+
+def address_of(address: str, version: int) -> str:
+    """All versions are on one shelf."""
+    return address
 
 
 def _join(gcs: str) -> None:
@@ -140,13 +184,21 @@ def _wait(ref: Any) -> Any:
     return ray.get(ref, timeout=_PUBLISH_TIMEOUT_S)
 
 
-def _plain_bytes(bucket: np.ndarray) -> np.ndarray:
-    if bucket.dtype != np.uint8 or bucket.ndim != 1:
-        raise ChannelError(f"a bucket is uint8 [bytes], not {bucket.dtype} {list(bucket.shape)}")
-    return bucket
+@contextlib.contextmanager
+def _plain_errors(version: int, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise ChannelError(f"weight version {version} could not be {doing}: {error}") from error
 
 
-def _check_capacity(manifest: Manifest, keep: int) -> None:
+def _plain_bytes(data: np.ndarray) -> np.ndarray:
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise ChannelError(f"a tensor's bytes are uint8, not {data.dtype} {list(data.shape)}")
+    return data
+
+
+def _check_capacity(version: int, nbytes: int, keep: int) -> None:
     """Raises ChannelError unless this node's object store can hold `keep` + 1 such versions.
 
     One more than are kept, because the oldest goes when the newest is there. Ray itself would not
@@ -155,11 +207,11 @@ def _check_capacity(manifest: Manifest, keep: int) -> None:
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     have = int(node["Resources"].get("object_store_memory", 0))
-    need = (keep + 1) * manifest.nbytes
+    need = (keep + 1) * nbytes
     if need > have:
         raise ChannelError(
-            f"weight version {manifest.version}: {keep} versions to keep and one on its way, of "
-            f"{manifest.nbytes} bytes each, need {need} bytes, and the object store of this node "
-            f"has {have}; give Ray a larger one (object_store_memory), keep fewer versions, or use "
-            "the shuttle channel"
+            f"weight version {version}: {keep} versions to keep and one on its way, of {nbytes} "
+            f"bytes each, need {need} bytes, and the object store of this node has {have}; give "
+            "Ray a larger one (object_store_memory), keep fewer versions, or use the shuttle "
+            "channel"
         )

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -42,6 +43,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 from bridge import channels, torch_view, wire
+from bridge.receive import Receiver
 
 ADAPTER_ID = 1  # vLLM's number for the one adapter; every request names it
 ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in PEFT's files, and of no model's
@@ -76,6 +78,7 @@ class Staged:
     version: int
     tensors: list[tuple[str, torch.Tensor]]
     digest: str
+    nbytes: int  # that came for it
     seconds: float
 
     @property
@@ -87,6 +90,7 @@ class Staged:
             "version": self.version,
             "digest": self.digest,
             "tensors": len(self.tensors),
+            "bytes": self.nbytes,
             "stage_s": self.seconds,
             "load_s": load_s,
         }
@@ -99,14 +103,19 @@ class Prefetch:
     interrupted, such as joining a cluster that is gone, gets another.
     """
 
-    def __init__(self, ticket: channels.Ticket, deadline_s: float):
+    def __init__(self, receiver: Receiver, ticket: channels.Ticket, deadline_s: float):
         self.ticket = ticket
+        self._receiver = receiver
         self._deadline_s = deadline_s
         self._end = time.monotonic() + 2 * deadline_s
         self._staged: Staged | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="bridge-prefetch", daemon=True)
         self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether the thread still runs, within its deadline or not."""
+        return self._thread.is_alive()
 
     def done(self) -> bool:
         """Whether `result` would return, or raise, without waiting."""
@@ -126,7 +135,7 @@ class Prefetch:
 
     def _run(self) -> None:
         try:
-            self._staged = _stage(self.ticket, self._deadline_s)
+            self._staged = stage(self._receiver, self.ticket, self._deadline_s)
         except Exception as error:  # every failure is raised again by `result`, in vLLM's thread
             self._error = error
 
@@ -143,6 +152,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         self.loaded: dict[str, Any] = {}  # what the last update loaded: version, digest, tensors
         self._prefetch: Prefetch | None = None
         self._staged: Staged | None = None
+        self._kept = Receiver(prove)
         self._direct: set[torch.nn.Module] = set()  # see _load
 
     def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
@@ -153,7 +163,14 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
 
     def prefetch(self, ticket_json: str, deadline_s: float) -> None:
         """Begins to fetch; `receive_weights` with the same ticket takes the result."""
-        self._prefetch = Prefetch(channels.Ticket.from_json(ticket_json), deadline_s)
+        ticket = channels.Ticket.from_json(ticket_json)
+        self._prefetch = Prefetch(self._receiver(), ticket, deadline_s)
+
+    def _receiver(self) -> Receiver:
+        """The one that knows the last version; a new one while a late thread still uses that."""
+        if self._prefetch is not None and self._prefetch.alive():
+            self._kept = Receiver(prove)
+        return self._kept
 
     def prefetched(self) -> bool:
         return self._prefetch is None or self._prefetch.done()
@@ -167,7 +184,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         ticket = channels.Ticket.from_json(update_info.ticket)
         prefetch, self._prefetch = self._prefetch, None
         if prefetch is None or prefetch.ticket != ticket:
-            prefetch = Prefetch(ticket, update_info.deadline_s)
+            prefetch = Prefetch(self._receiver(), ticket, update_info.deadline_s)
         staged = prefetch.result()
         problems = differences(update_info.expected, staged.tensors)
         if staged.is_adapter:
@@ -298,32 +315,47 @@ def _renames(model: Any) -> Any:
     return None if mapper is None else mapper.get_rename_mapper()
 
 
-def _stage(ticket: channels.Ticket, deadline_s: float) -> Staged:
+def stage(receiver: Receiver, ticket: channels.Ticket, deadline_s: float) -> Staged:
+    """Fetches a version and proves it, on the very tensors that the loader gets.
+
+    Raises:
+      UpdateRefused, ChannelError, WireError, DeltaError: it cannot be had whole.
+    """
     started = time.perf_counter()
-    manifest, buckets = channels.fetch(ticket, deadline_s)
-    tensors = list(torch_view.tensors(manifest, buckets))
-    # Hashed as the tensors that the loader gets, not as buckets: this also proves the views.
+    received = receiver.receive(ticket, deadline_s)
+    tensors = list(torch_view.tensors(received.manifest, received.data))
+    seconds = time.perf_counter() - started
+    return Staged(ticket.version, tensors, received.digest, received.nbytes, seconds)
+
+
+def prove(manifest: wire.Manifest, data: Sequence[np.ndarray]) -> str:
+    """The digest of a version, of the very tensors that the loader gets: this proves the views too.
+
+    Raises:
+      WireError: they are not the manifest's.
+    """
     arrived = [
         dataclasses.replace(
             entry,
             dtype=_dtype(tensor),
             shape=tuple(tensor.shape),
-            sha256=wire.sha256(torch_view.tensor_bytes(tensor)),
+            xxh3=wire.xxh3(torch_view.tensor_bytes(tensor)),
         )
-        for entry, (_, tensor) in zip(manifest.tensors, tensors, strict=True)
+        for entry, (_, tensor) in zip(
+            manifest.tensors, torch_view.tensors(manifest, data), strict=True
+        )
     ]
     torn = [
         entry.name
         for entry, promised in zip(arrived, manifest.tensors, strict=True)
-        if entry.sha256 != promised.sha256
+        if entry != promised
     ]
     if torn:
-        raise UpdateRefused(
-            f"weight version {ticket.version}: {len(torn)} tensors did not arrive as they were "
-            f"sent (SHA-256 differs): {_list(torn)}"
+        raise wire.WireError(
+            f"weight version {manifest.version}: {len(torn)} tensors did not arrive as they were "
+            f"sent (XXH3 differs): {_list(torn)}"
         )
-    digest = wire.version_digest(arrived)
-    return Staged(ticket.version, tensors, digest, time.perf_counter() - started)
+    return wire.version_digest(arrived)
 
 
 def _load(

@@ -1,6 +1,7 @@
 """What is served is what was trained: real params on a mesh, real channels, real engines."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 from bridge.channels.object_store import ObjectStoreChannel
 from bridge.channels.shuttle import ShuttleChannel
 from bridge.checkpoints import save_model
-from bridge.export import make_exporter
+from bridge.encoding import Encoder
+from bridge.export import Exporter
 from bridge.fleet import Fleet, FleetSettings
 from bridge.names import expected_tensors
 from bridge.publisher import Publisher
@@ -76,7 +78,11 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
     decoder = load_config(source)
     specs = param_specs(decoder)
     a, b = (random_params(decoder, specs, jax.random.key(seed)) for seed in (0, 1))
-    export, score = make_exporter(specs, dtype), make_score(Policy(decoder, jnp.float32))
+    # A step moves a few values a little.
+    some = jax.jit(lambda key, x: jnp.where(jax.random.uniform(key, x.shape) < 0.02, x * 1.05, x))
+    c = jax.tree.map(functools.partial(some, jax.random.key(2)), a)
+    export = Exporter(specs, dtype, bucket_bytes=1 << 16)
+    score = make_score(Policy(decoder, jnp.float32))
     save_model(export(a), source, exported)
 
     expected = expected_tensors(specs, dtype)
@@ -89,7 +95,7 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
         fresh.wait_ready()
         of_fresh = scores(fresh)
 
-        def publisher(channel):
+        def publisher(channel, encoding):
             return Publisher(
                 export,
                 channel,
@@ -97,12 +103,12 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
                 score,
                 probe=PROBES[0],
                 probe_tolerance=1e-4 if dtype == "float32" else 1.0,
-                bucket_bytes=1 << 16,
+                encoder=Encoder(encoding),
                 warn=warnings.append,
             )
 
-        store = publisher(ObjectStoreChannel(keep_versions=2))
-        shuttle = publisher(ShuttleChannel(tmp_path / "weights", keep_versions=2))
+        store = publisher(ObjectStoreChannel(keep_versions=2), "delta")
+        shuttle = publisher(ShuttleChannel(tmp_path / "weights", keep_versions=2), "full")
         plan = [(store, a, 3), (store, b, 4), (shuttle, a, 5), (shuttle, b, 8), (store, a, 9)]
         for through, params, version in plan:
             report = through.publish(params, version)
@@ -116,12 +122,21 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
             if dtype == "float32":
                 for probe, ours in zip(PROBES, served, strict=True):
                     np.testing.assert_allclose(ours, score(params, probe), atol=1e-4)
+        small = store.publish(c, 10)
+        of_small = scores(running)
+        assert small.base == 9 and small.bytes < 0.1 * export.nbytes
+        whole = shuttle.publish(c, 11)
+        assert whole.base is None and whole.bytes == export.nbytes
+        assert whole.digest == small.digest != report.digest
+        for ours, theirs in zip(of_small, scores(running), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert store.publish(a, 12).digest == report.digest  # behind 10, which it holds no more
         assert not warnings
 
         prompt = Prompt(0, "", tuple(PROBES[0]), {})
         (group,) = running.generate([prompt], Sampling(2, 6, 1.0, (7,)), [11])
         for rollout in group.rollouts:
-            assert set(rollout.versions.tolist()) == {9}
+            assert set(rollout.versions.tolist()) == {12}
             if dtype == "float32":
                 whole = [*prompt.tokens, *rollout.tokens.tolist()]
                 trainer = score(a, whole)[len(prompt.tokens) :]

@@ -1,4 +1,4 @@
-"""Wire buckets as torch tensors: the same bits, the same memory."""
+"""What arrived as torch tensors: the same bits, the same memory."""
 
 import warnings
 
@@ -26,9 +26,10 @@ def bucketed(bucket_bytes=16):
         for name, a in ARRAYS.items()
     ]
     manifest, buckets = wire.pack(1, tensors, bucket_bytes)
-    for bucket in buckets:
-        bucket.flags.writeable = False  # as every channel delivers them
-    return manifest, buckets
+    data = [array for bucket in buckets for array in bucket]
+    for array in data:
+        array.flags.writeable = False  # as every channel delivers them
+    return manifest, data
 
 
 def test_tensors_have_the_values_dtypes_and_shapes_that_were_packed():
@@ -42,12 +43,11 @@ def test_tensors_have_the_values_dtypes_and_shapes_that_were_packed():
 
 
 def test_nothing_is_copied():
-    manifest, buckets = bucketed()
-    found = dict(torch_view.tensors(manifest, buckets))
-    for entry in manifest.tensors:
+    manifest, data = bucketed()
+    found = dict(torch_view.tensors(manifest, data))
+    for entry, array in zip(manifest.tensors, data, strict=True):
         if entry.nbytes:
-            address = buckets[entry.bucket].ctypes.data + entry.offset
-            assert found[entry.name].data_ptr() == address, entry.name
+            assert found[entry.name].data_ptr() == array.ctypes.data, entry.name
 
 
 def test_the_bytes_of_a_tensor_are_those_of_the_array():

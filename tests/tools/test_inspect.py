@@ -6,6 +6,7 @@ Files are made by safetensors, transformers and, where they are of this project,
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.wire import HostTensor, pack
+from bridge.encoding import Encoder
+from bridge.publisher import ship
+from bridge.wire import HostTensor, manifest_of, pack
 from jaxrl import checkpoint
 from tests.reference_policy import make_reference, params_of, save_reference
 from tools import convert, inspect
@@ -195,8 +198,34 @@ def test_a_published_version(published, source, capsys):
         assert found["kind"] == "published version" and found["facts"]["version"] == 12
         assert found["facts"]["buckets"] > 1 and found["parameters"] == PARAMETERS
     hashed = report(capsys, published, "--sha256")
-    assert hashed["digest"] == found["facts"]["digest"]
+    assert hashed["digest"] == report(capsys, source, "--sha256")["digest"]
     assert report(capsys, published, "--diff", source)["equal"]
+
+
+def test_a_version_that_travelled_as_a_difference(source, tmp_path, capsys):
+    """It is shown whole, as an engine has it; with its base gone it cannot be."""
+    channel, encoder = ShuttleChannel(tmp_path / "weights"), Encoder("delta")
+    arrays = {name: t.numpy().copy() for name, t in load_file(source / "model.safetensors").items()}
+    for version in (12, 13):
+        arrays["model.norm.weight"][3] += version - 12
+        tensors = [
+            HostTensor(name, "float32", a.shape, a.copy().reshape(-1).view(np.uint8))
+            for name, a in arrays.items()
+        ]
+        shipment = channel.begin(version, 1, 1 << 20)
+        base = encoder.begin()
+        manifest = manifest_of(version, ship([tensors], shipment, encoder), base)
+        folder = Path(shipment.finish(manifest).address)
+        encoder.shipped(manifest)
+    found = report(capsys, folder)
+    assert found["parameters"] == PARAMETERS and found["bytes"] == 4 * PARAMETERS
+    assert re.fullmatch(
+        r"\d{3,4} bytes, what changed since version 12", found["facts"]["travelled as"]
+    )
+    (changed,) = report(capsys, folder, "--diff", source, code=1)["changed"]
+    assert (changed["name"], changed["elements"]) == ("model.norm.weight", 1)
+    shutil.rmtree(folder.with_name("v00000012"))
+    assert "version 12: " in run(capsys, folder, code=2)
 
 
 def test_a_run_its_checkpoints_and_one_checkpoint(run_directory, capsys):
@@ -363,7 +392,7 @@ def test_damage_is_named_with_its_file_and_tensor(source, published, tmp_path, c
     shard = sorted(published.glob("model-*.safetensors"))[-1]
     flip_last(shard)
     error = run(capsys, published, code=2)
-    assert str(shard) in error and "has SHA-256" in error
+    assert str(shard) in error and "has XXH3" in error
     (published / "manifest.json").write_text("{}")
     assert "manifest.json: damaged" in run(capsys, published, code=2)
 

@@ -178,7 +178,7 @@ def bench_sampler() -> None:
         import jax
         import jax.numpy as jnp
 
-        from bridge.export import make_exporter
+        from bridge.export import Exporter
         from bridge.publisher import Publisher
         from jaxrl.models.decoder import Policy, init_params
         from jaxrl.sampler import InProcessEngine, make_score
@@ -190,13 +190,12 @@ def bench_sampler() -> None:
         fleet.wait_ready()
         with tempfile.TemporaryDirectory() as folder:
             publisher = Publisher(
-                make_exporter(specs, "float32"),
+                Exporter(specs, "float32"),
                 ShuttleChannel(Path(folder)),
                 fleet,
                 make_score(policy),
                 probe=range(1, 9),
                 probe_tolerance=1e-4,
-                bucket_bytes=1 << 28,
                 warn=print,
             )
             publisher.publish(params, 1)

@@ -132,12 +132,14 @@ def compile_update(setup: Setup, target: Target) -> Compiled | TooLarge:
 
 
 def compile_export(setup: Setup) -> Compiled | TooLarge:
-    """The part of a publish that runs on the devices."""
-    from bridge.export import make_to_wire
-    from jaxrl.models.params import leaf_at
+    """The part of a publish that runs on the devices, of its largest bucket."""
+    from bridge.export import Exporter
 
-    leaves = {path: leaf_at(setup.state.params, path) for path in setup.trained}
-    return _compile(make_to_wire(setup.trained, setup.config.wire_dtype).lower(leaves))
+    c, params = setup.config, setup.state.params
+    exporter = Exporter(setup.trained, c.wire_dtype, c.publish.bucket_mib << 20)
+    largest = max(exporter.plan, key=lambda group: group.nbytes)
+    program = exporter.program(largest, params)
+    return _compile(program.lower(*exporter.inputs(largest, params)))
 
 
 def _compile(lowered: Any) -> Compiled | TooLarge:

@@ -101,7 +101,7 @@ class Engine:
     def _publisher(self) -> Callable[[Any, int], Published]:
         """Returns publish(params, version)."""
         from bridge.channels.shuttle import ShuttleChannel
-        from bridge.export import make_exporter
+        from bridge.export import Exporter
         from bridge.publisher import Publisher
         from jaxrl.models.decoder import Policy
         from jaxrl.sampler import make_score
@@ -109,13 +109,12 @@ class Engine:
         heard, prompts = Heard(self._fleet), self._prompts()
         score = make_score(Policy(self._config, np.dtype("float32")))
         publisher = Publisher(
-            make_exporter(self._specs, "float32"),
+            Exporter(self._specs, "float32"),
             ShuttleChannel(Path(self._scratch.name), keep_versions=2),
             heard,
             score,
             probe=prompts[0],
             probe_tolerance=math.inf,  # the log-probs are a check of their own
-            bucket_bytes=1 << 28,
             warn=progress,
         )
 

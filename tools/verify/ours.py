@@ -57,11 +57,11 @@ def differing(
     digests: Mapping[str, str],
 ) -> list[str]:
     """Names of tensors whose bytes, exported in the file's own dtype, are not the file's."""
-    from bridge.export import make_exporter
+    from bridge.export import Exporter
 
     differ = {name for name in hf_tensors(specs) if files[name].dtype not in FILE_DTYPES}
     for dtype in {tensor.dtype for tensor in files.values()} & FILE_DTYPES.keys():
-        for tensor in make_exporter(specs, FILE_DTYPES[dtype])(params):
+        for tensor in Exporter(specs, FILE_DTYPES[dtype])(params):
             if files[tensor.name].dtype == dtype:
                 found = hashlib.sha256(tensor.data.tobytes()).hexdigest()
                 if found != digests[tensor.name]:

@@ -1,0 +1,225 @@
+"""A publish without engines: parameters on the device -> staged and verified in workers."""
+
+import dataclasses
+import functools
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.channels import Channel
+from bridge.channels.shuttle import ShuttleChannel
+from bridge.encoding import Encoder
+from bridge.export import Exporter
+from bridge.publisher import ship
+from bridge.wire import HostTensor, Manifest, manifest_of
+from jaxrl.models.config import DecoderConfig, load_config
+from jaxrl.models.decoder import init_params
+from jaxrl.models.params import param_specs
+from jaxrl.types import RunError
+
+DTYPE = "bfloat16"
+
+
+class Worker:
+    """What stages a version in vLLM's process, without the engine. A Ray actor."""
+
+    def __init__(self) -> None:
+        self._receiver: Any = None
+
+    def ready(self) -> int:
+        from bridge.engines import weight_transfer  # noqa: F401
+
+        return os.getpid()
+
+    def stage(self, ticket: str, deadline_s: float) -> str:
+        """Fetches a version and hashes it; returns its digest."""
+        from bridge.channels import Ticket
+        from bridge.engines.weight_transfer import prove, stage
+        from bridge.receive import Receiver
+
+        self._receiver = self._receiver or Receiver(prove)
+        self._staged = stage(self._receiver, Ticket.from_json(ticket), deadline_s)
+        return self._staged.digest
+
+
+def model(gigabytes: float) -> DecoderConfig:
+    """Qwen3-0.6B's layers, as many as make so many GB of bfloat16."""
+    shape = {"hidden_size": 1024, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+    demo = load_config(Path(__file__).parents[2] / "configs" / "tiny_policy")
+    one = dataclasses.replace(
+        demo,
+        **shape,
+        intermediate_size=3072,
+        vocab_size=32768,
+        qk_norm="head",
+        tied_embeddings=True,
+        num_layers=1,
+    )
+    layer = sum(_size(s) for path, s in param_specs(one).items() if path[0] == "layers")
+    rest = sum(_size(s) for path, s in param_specs(one).items() if path[0] != "layers")
+    layers = max(1, round((gigabytes * 1e9 / 2 - rest) / layer))
+    return dataclasses.replace(one, num_layers=layers)
+
+
+def _size(spec: Any) -> int:
+    return int(np.prod(spec.shape))
+
+
+def bench_publish(gigabytes: float, workers: int, repeat: int = 5) -> None:
+    """Prints seconds and GB/s by phase, for both channels, beside a plain copy of the bytes."""
+    specs = param_specs(model(gigabytes))
+    make = jax.jit(functools.partial(init_params, specs))
+    moved = jax.jit(functools.partial(_moved, 0.01))
+    one = make(jax.random.key(0))
+    states = [one, moved(one, jax.random.key(1))]
+    exporter = Exporter(specs, DTYPE)
+    nbytes = exporter.nbytes
+    print(f"{nbytes / 1e9:.2f} GB of {DTYPE} in {len(exporter.plan)} buckets, {workers} workers")
+    copy_s = _median(repeat, _plain_copy(nbytes))
+    _line("plain copy of the bytes", [copy_s], nbytes, copy_s)
+    exports = [_timed(lambda: _drain(exporter.groups(one))) for _ in range(repeat + 1)]
+    _line("export alone", exports[1:], nbytes, copy_s)
+    with _cluster(nbytes, workers) as actors:
+        for name in ("object_store", "shuttle"):
+            with _channel(name) as channel:
+                _publishes(name, exporter, states, channel, actors, repeat, copy_s)
+
+
+def _moved(share: float, params: Any, key: jax.Array) -> Any:
+    """So many values changed, by as little as bfloat16 can tell."""
+
+    def move(x: jax.Array) -> jax.Array:
+        return jnp.where(jax.random.uniform(key, x.shape) < share, x * (1 + 2**-7), x)
+
+    return jax.tree.map(move, params)
+
+
+def _publishes(
+    name: str,
+    exporter: Exporter,
+    states: list[Any],
+    channel: Channel,
+    actors: list[Any],
+    repeat: int,
+    copy_s: float,
+) -> None:
+    """Full versions, then full ones that were exported before, then deltas."""
+    held = [list(group) for group in exporter.groups(states[0])]
+    version = 0
+    for label in ("full", "channel alone", "delta"):
+        encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
+        seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
+        shares = []
+        for round_ in range(repeat + 2):
+            version += 1
+            groups = exporter.groups(states[round_ % 2])
+            start = time.perf_counter()
+            manifest, ticket = _send(
+                iter(held) if label == "channel alone" else groups,
+                exporter,
+                channel,
+                encoder,
+                version,
+            )
+            sent = time.perf_counter()
+            _stage(actors, ticket, manifest.digest)
+            end = time.perf_counter()
+            shares.append(manifest.nbytes / exporter.nbytes)
+            for phase, taken in zip(seconds, (sent - start, end - sent, end - start), strict=True):
+                seconds[phase].append(taken)
+        on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
+        for phase, taken in seconds.items():  # two rounds to warm up
+            _line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copy_s)
+
+
+def _stage(actors: list[Any], ticket: str, digest: str) -> None:
+    import ray
+
+    found = ray.get([actor.stage.remote(ticket, 60.0) for actor in actors], timeout=120)
+    if set(found) != {digest}:
+        raise RunError(f"published {digest}, and the workers found {found}")
+
+
+def _send(
+    groups: Iterator[list[HostTensor]],
+    exporter: Exporter,
+    channel: Channel,
+    encoder: Encoder,
+    version: int,
+) -> tuple[Manifest, str]:
+    shipment = channel.begin(version, len(exporter.plan), exporter.nbytes)
+    base = encoder.begin()
+    manifest = manifest_of(version, ship(groups, shipment, encoder), base)
+    ticket = shipment.finish(manifest)
+    encoder.shipped(manifest)
+    return manifest, ticket.to_json()
+
+
+@contextmanager
+def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=workers + 1,
+        object_store_memory=4 * nbytes + (1 << 28),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    from bridge.engines.vllm import actor_environment
+
+    actor = ray.remote(Worker).options(runtime_env={"env_vars": actor_environment(cpu=True)})
+    actors = [cast(Any, actor).remote() for _ in range(workers)]
+    ray.get([each.ready.remote() for each in actors], timeout=300)
+    yield actors
+    ray.shutdown()
+
+
+@contextmanager
+def _channel(name: str) -> Iterator[Channel]:
+    if name == "shuttle":
+        with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
+            yield ShuttleChannel(Path(folder))
+        return
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel()
+    yield channel
+    channel.close()
+
+
+def _plain_copy(nbytes: int) -> Callable[[], Any]:
+    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    return lambda: np.copyto(target, source)
+
+
+def _drain(groups: Iterator[list[HostTensor]]) -> None:
+    for _ in groups:
+        pass
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _median(repeat: int, run: Callable[[], Any]) -> float:
+    return statistics.median([_timed(run) for _ in range(repeat + 1)][1:])
+
+
+def _line(label: str, seconds: list[float], nbytes: int, copy_s: float) -> None:
+    median = statistics.median(seconds)
+    rate = nbytes / median / 1e9
+    print(f"{label:58s} {median:7.3f} s  {rate:6.2f} GB/s  {copy_s / median:5.2f} of a copy")
