@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,20 +63,33 @@ class Exporter:
         tensors = {t.name: t for group in self.groups(params) for t in group}
         return [tensors[name] for name in self._order if name in tensors]
 
-    def groups(self, params: Any) -> Iterator[list[HostTensor]]:
+    def groups(
+        self, params: Any, owners: Sequence[int] | None = None
+    ) -> Iterator[list[HostTensor]]:
         """The tensors of each group of `plan`, in turn. They share no memory with `params`, which
         may be consumed once the last group has come.
 
-        Of several processes all call it and take every group: the mesh gathers each, and the first
-        process gets its tensors, the others an empty list.
+        Of several processes all call it and take every group: the mesh gathers each, and its owner
+        gets the tensors, the others an empty list. `owners` None: the first process.
         """
-        running: collections.deque[tuple[Group, dict[str, jax.Array]]] = collections.deque()
-        for group in self.plan:
-            running.append((group, self.program(group, params)(*self.inputs(group, params))))
+        owners = owners or [0] * len(self.plan)
+        running: collections.deque[tuple[int, Group, dict[str, jax.Array]]] = collections.deque()
+        for owner, group in zip(owners, self.plan, strict=True):
+            stacked = self.program(group, params)(*self.inputs(group, params))
+            running.append((owner, group, stacked))
             if len(running) > _AHEAD:
                 yield self._taken(*running.popleft())
         while running:
             yield self._taken(*running.popleft())
+
+    def owners(self, processes: int) -> list[int]:
+        """A process for each group, so that all export about as many bytes."""
+        loads = [0] * processes
+        found = []
+        for group in self.plan:
+            found.append(loads.index(min(loads)))
+            loads[found[-1]] += group.nbytes
+        return found
 
     def inputs(self, group: Group, params: Any) -> tuple[dict[Path, Any], int]:
         """What the program of a group takes: its leaves, all layers of them, and the first layer
@@ -111,8 +124,8 @@ class Exporter:
                     here = min(step, count - start)
                     yield Group(part, start, max(here, 0), nbytes * max(here, 1))
 
-    def _taken(self, group: Group, stacked: dict[str, jax.Array]) -> list[HostTensor]:
-        if jax.process_index() != 0:
+    def _taken(self, owner: int, group: Group, stacked: dict[str, jax.Array]) -> list[HostTensor]:
+        if jax.process_index() != owner:
             return []
         tensors = []
         for name, array in zip(stacked, to_host(list(stacked.values())), strict=True):

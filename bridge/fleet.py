@@ -99,7 +99,14 @@ class Fleet:
             return
         quiet = {"log_to_driver": False, "logging_level": "error"}
         if self._settings.ray_address is not None:
-            ray.init(address=self._settings.ray_address, **quiet)
+            try:
+                ray.init(address=self._settings.ray_address, **quiet)
+            except ConnectionError as error:
+                raise FleetError(
+                    f"no Ray cluster lets this process in at {self._settings.ray_address} "
+                    f"({error}); is one started there, of this release of Ray, and does it want a "
+                    "token (set RAY_AUTH_MODE=token, and have its token here)?"
+                ) from error
         else:
             wanted = self._settings.engines * self._settings.cpus_per_engine
             ray.init(

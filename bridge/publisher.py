@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from bridge.channels import Channel, Shipment, Ticket
-from bridge.encoding import Encoder
-from bridge.wire import HostTensor, Manifest, TensorEntry, entries, manifest_of
+from bridge.encoding import Encoder, Shadow
+from bridge.wire import Base, HostTensor, Manifest, TensorEntry, entries, manifest_of
 from jaxrl.types import PublishReport, RunError
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
@@ -46,6 +46,42 @@ class Export(Protocol):
     def groups(self, params: Any) -> Iterator[list[HostTensor]]: ...
 
 
+class Carrier(Protocol):
+    """Brings the buckets of a version into a shipment."""
+
+    def ship(
+        self, export: Any, params: Any, shipment: Shipment, base: Base | None, keep: bool
+    ) -> list[TensorEntry]:
+        """See `ship`; as differences from `base`, and kept to take differences from.
+
+        Returns the entries of all buckets.
+
+        Raises:
+          bridge.channels.ChannelError: a bucket could not be put.
+        """
+        ...
+
+    def settle(self, version: Base | None) -> None:
+        """What was shipped last is there, or (None) never will be."""
+        ...
+
+
+class OwnCarrier:
+    """This process ships all buckets."""
+
+    def __init__(self) -> None:
+        self._shadow = Shadow()
+
+    def ship(
+        self, export: Export, params: Any, shipment: Shipment, base: Base | None, keep: bool
+    ) -> list[TensorEntry]:
+        self._shadow.begin(base, keep)
+        return ship(export.groups(params), shipment, self._shadow)
+
+    def settle(self, version: Base | None) -> None:
+        self._shadow.settle(version)
+
+
 class PublishError(RunError):
     """No engine serves the new version. Says what went wrong on each."""
 
@@ -68,11 +104,13 @@ class Publisher:
         probe: Sequence[int],
         probe_tolerance: float,
         encoder: Encoder | None = None,
+        carrier: "Carrier | None" = None,
         warn: Callable[[str], None],
     ) -> None:
         self._export, self._channel, self._engines, self._score = export, channel, engines, score
         self._probe, self._tolerance = list(probe), probe_tolerance
-        self._encoder, self._warn = encoder or Encoder(), warn
+        self._encoder, self._carrier = encoder or Encoder(), carrier or OwnCarrier()
+        self._warn = warn
 
     def publish(self, params: Any, version: int) -> PublishReport:
         """Returns when every engine that will serve `version` has proved that it holds it.
@@ -126,16 +164,18 @@ class Publisher:
         encoder = encoder or Encoder()
         shipment = self._channel.begin(version, len(export.plan), export.nbytes)
         try:
-            base = encoder.begin()
-            shipped = ship(export.groups(params), shipment, encoder)
+            base = encoder.base()
+            shipped = self._carrier.ship(export, params, shipment, base, encoder.deltas)
             manifest = manifest_of(version, shipped, base)
             ticket = shipment.finish(manifest)
         except BaseException:
             encoder.failed()
+            self._carrier.settle(None)
             raise
         finally:
             shipment.abort()
         encoder.shipped(manifest)
+        self._carrier.settle(Base(version, manifest.digest))
         clock.lap("ship")
         _answers(self._engines.stage(ticket, expected), failed)
         stage_s = clock.lap("stage")
@@ -196,10 +236,10 @@ class Phases:
 
 
 def ship(
-    groups: Iterable[list[HostTensor]], shipment: Shipment, encoder: Encoder
+    groups: Iterable[list[HostTensor]], shipment: Shipment, shadow: Shadow
 ) -> list[TensorEntry]:
-    """Puts each group into a bucket of its own, encoded and hashed on the way, while the next is
-    exported.
+    """Puts group i into bucket i, encoded and hashed on the way, while the next is exported; an
+    empty group is another process's.
 
     Every group is taken even if one cannot be put: of several processes all must take them.
 
@@ -208,7 +248,7 @@ def ship(
     """
 
     def put(index: int, group: list[HostTensor]) -> list[TensorEntry]:
-        found, data = entries(index, group, encoder.payloads(group))
+        found, data = entries(index, group, shadow.payloads(group))
         shipment.put(found, data)
         return found
 
@@ -220,7 +260,7 @@ def ship(
             if len(under_way) == _WRITERS:
                 problem = problem or under_way[0].exception()
                 shipped += [] if problem else under_way.popleft().result()
-            if problem is None:
+            if group and problem is None:
                 under_way.append(writers.submit(put, index, group))
     for future in under_way:
         shipped += future.result()

@@ -179,6 +179,30 @@ class Hosts:
             if order.name == "end":
                 return
 
+    def answer(self, *args: Any) -> None:
+        """Tells the first process what came of the last order. JSON-able."""
+        self._send("answer", [self.index, *args])
+
+    def answers(self, deadline_s: float) -> list[list[Any]]:
+        """The first process: what each other one answered, in their order.
+
+        Raises:
+          RunError: one did not within `deadline_s`.
+        """
+        found: dict[int, list[Any]] = {}
+        end = time.monotonic() + deadline_s
+        while len(found) < len(self._lines):
+            try:
+                index, *args = self._orders.get(timeout=max(0.0, end - time.monotonic())).args
+            except queue.Empty:
+                late = sorted(self._lines.keys() - found.keys())
+                raise RunError(
+                    f"processes {late} did not answer within {deadline_s:g} s; they may wait for a "
+                    "device or a disk"
+                ) from None
+            found[index] = args
+        return [found[index] for index in sorted(found)]
+
     def interrupt(self, signal: int) -> None:
         """Tells the first process that this one was asked to end."""
         self._send("interrupt", [signal])

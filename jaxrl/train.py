@@ -31,10 +31,12 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jax.sharding import Mesh
     from tokenizers import Tokenizer
 
+    from bridge.channels import Shipment
+    from bridge.encoding import Shadow
     from bridge.export import Exporter
     from bridge.fleet import Fleet
     from bridge.publisher import Score
-    from bridge.wire import HostTensor
+    from bridge.wire import Base, HostTensor, TensorEntry
     from jaxrl.collect import Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.hosts import Hosts
@@ -308,7 +310,9 @@ def train(command: Command, hosts: Hosts) -> int:
             for info in fleet.wait_ready():
                 print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
             engines = fleet
-            publish = connect_bridge(c, learner, fleet, run_dir, held_out, stream, next_version)
+            publish = connect_bridge(
+                c, hosts, learner, fleet, run_dir, held_out, stream, next_version
+            )
         parts = Parts(
             config=c,
             stream=stream,
@@ -334,6 +338,8 @@ def train(command: Command, hosts: Hosts) -> int:
 
 def follow(c: Config, hosts: Hosts) -> int:
     """The part of every process but the first: what that one announces, with the shards here."""
+    from bridge.encoding import Shadow
+    from bridge.wire import Base
     from jaxrl import checkpoint
     from jaxrl.rundir import check_shared
     from jaxrl.sampler import InProcessEngine
@@ -341,7 +347,7 @@ def follow(c: Config, hosts: Hosts) -> int:
     model_dir, decoder = open_model(c)
     learner = build_learner(c, model_dir, decoder)
     engine = InProcessEngine(learner.policy, learner.frozen)
-    state, checkpoints = learner.state, c.run_dir / "checkpoints"
+    state, checkpoints, shadow = learner.state, c.run_dir / "checkpoints", Shadow()
     with Interrupt(hosts.interrupt).listening():
         for order in hosts.orders():
             match order.name, order.args:
@@ -361,6 +367,15 @@ def follow(c: Config, hosts: Hosts) -> int:
                     learner.export_frozen(learner.frozen)
                 case "export_merged", _:
                     learner.export_merged(state.params)
+                case "ship", [which, invitation, base, keep]:
+                    shadow.begin(None if base is None else Base(*base), keep)
+                    exporter, params = {
+                        "export": (learner.export, state.params),
+                        "export_frozen": (learner.export_frozen, learner.frozen),
+                    }[which]
+                    ship_share(hosts, exporter, params, invitation, shadow)
+                case "settle", [version]:
+                    shadow.settle(None if version is None else Base(*version))
                 case "score", [tokens]:
                     learner.score(state.params, tokens)
                 case "save", [step]:
@@ -428,12 +443,16 @@ def lead(hosts: Hosts, learner: Learner) -> Learner:
         hosts.announce("update", arrays=shards)
         return learner.update(state, shards[0])
 
+    def led(order: str, exporter: Exporter | LedExporter) -> LedExporter:
+        assert not isinstance(exporter, LedExporter), order
+        return LedExporter(hosts, order, exporter)
+
     return dataclasses.replace(
         learner,
         update=update,
         score=hosts.together("score", learner.score),
-        export=LedExporter(hosts, "export", learner.export),
-        export_frozen=LedExporter(hosts, "export_frozen", learner.export_frozen),
+        export=led("export", learner.export),
+        export_frozen=led("export_frozen", learner.export_frozen),
         export_merged=hosts.together("export_merged", learner.export_merged),
     )
 
@@ -444,7 +463,7 @@ class LedExporter:
 
     hosts: Hosts
     order: str
-    exporter: Exporter | LedExporter
+    exporter: Exporter
 
     @property
     def plan(self) -> Sequence[Any]:
@@ -461,6 +480,78 @@ class LedExporter:
     def __call__(self, params: Params) -> list[HostTensor]:
         self.hosts.announce(self.order)
         return self.exporter(params)
+
+
+@dataclass
+class LedCarrier:
+    """Every process ships its share of a version; the first has the shipment."""
+
+    hosts: Hosts
+    deadline_s: float  # for the others to be done after this one is
+
+    def __post_init__(self) -> None:
+        from bridge.encoding import Shadow
+
+        self.shadow = Shadow()
+
+    def ship(
+        self,
+        export: LedExporter,
+        params: Params,
+        shipment: Shipment,
+        base: Base | None,
+        keep: bool,
+    ) -> list[TensorEntry]:
+        from bridge.channels import ChannelError
+        from bridge.publisher import ship
+        from bridge.wire import TensorEntry
+
+        about = None if base is None else dataclasses.astuple(base)
+        self.hosts.announce("ship", export.order, shipment.invitation(), about, keep)
+        self.shadow.begin(base, keep)
+        own = export.exporter
+        problems: list[str] = []
+        try:
+            shipped = ship(own.groups(params, own.owners(self.hosts.count)), shipment, self.shadow)
+        except ChannelError as error:
+            problems, shipped = [str(error)], []
+        for entries, problem in self.hosts.answers(self.deadline_s):
+            shipped += [TensorEntry(**entry) for entry in entries]
+            problems += [problem] if problem else []
+        if problems:
+            raise ChannelError(problems[0])
+        return shipped
+
+    def settle(self, version: Base | None) -> None:
+        self.hosts.announce("settle", None if version is None else dataclasses.astuple(version))
+        self.shadow.settle(version)
+
+
+def ship_share(
+    hosts: Hosts,
+    exporter: Exporter,
+    params: Params,
+    invitation: str,
+    shadow: Shadow,
+) -> None:
+    """A follower's part of `LedCarrier.ship`."""
+    import jax
+
+    from bridge.channels import ChannelError, join
+    from bridge.publisher import ship
+
+    groups = exporter.groups(params, exporter.owners(jax.process_count()))
+    try:
+        shipment = join(invitation)
+    except ChannelError as error:
+        for _ in groups:  # the mesh waits for every process
+            pass
+        return hosts.answer([], str(error))
+    try:
+        shipped = ship(groups, shipment, shadow)
+    except ChannelError as error:
+        return hosts.answer([], str(error))
+    return hosts.answer([dataclasses.asdict(entry) for entry in shipped], None)
 
 
 @dataclass
@@ -612,6 +703,7 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
 
 def connect_bridge(
     c: Config,
+    hosts: Hosts,
     learner: Learner,
     fleet: Fleet,
     run_dir: RunDir,
@@ -631,6 +723,8 @@ def connect_bridge(
         if c.publish.channel == "object_store"
         else ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions)
     )
+    # A Ray of this process's own is for this host alone, and what the others have goes through it.
+    shared = not hosts.alone and (c.publish.channel == "shuttle" or c.vllm.ray_address is not None)
     publisher = Publisher(
         learner.export,
         channel,
@@ -639,6 +733,7 @@ def connect_bridge(
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
         encoder=Encoder(c.publish.encoding, c.publish.anchor_every),
+        carrier=LedCarrier(hosts, c.publish.timeout_s) if shared else None,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
     )
     if learner.frozen is not None:

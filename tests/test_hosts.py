@@ -263,3 +263,34 @@ def test_what_is_not_a_message_is_refused(sent):
         near.close()
         with pytest.raises(OSError):
             line.receive()
+
+
+def test_processes_share_the_publishing_to_a_live_engine(tmp_path):
+    """Each ships its buckets, whole and as differences; the engine proves every version."""
+    pytest.importorskip("vllm")
+    with pair(
+        *SPLIT,
+        f"--config={ROOT / 'configs' / 'arithmetic.yaml'}",
+        *(f"--run.dir={tmp_path}", "--run.name=run", "--run.steps=2", "--eval.every_steps=0"),
+        *("--publish.channel=shuttle", "--publish.encoding=delta", "--publish.bucket_mib=1"),
+    ) as processes:
+        ended(processes, 0, 0)
+    steps = lines(tmp_path / "run")[1:]
+    assert [line["publish/delta"] for line in steps] == [1, 1]
+    newest = tmp_path / "run" / "weights" / f"v{steps[-1]['weights/version']:08d}"
+    assert json.loads((newest / "manifest.json").read_text())["base"] is not None
+
+
+def test_what_processes_ship_is_balanced():
+    from bridge.export import Exporter
+    from jaxrl.models.config import load_config
+    from jaxrl.models.params import param_specs
+
+    specs = param_specs(load_config(ROOT / "configs" / "tiny_policy"))
+    exporter = Exporter(specs, "bfloat16", bucket_bytes=1 << 16)
+    for processes in (1, 2, 3):
+        owners, loads = exporter.owners(processes), [0] * processes
+        for owner, group in zip(owners, exporter.plan, strict=True):
+            loads[owner] += group.nbytes
+        assert sum(loads) == exporter.nbytes
+        assert max(loads) - min(loads) <= max(group.nbytes for group in exporter.plan)

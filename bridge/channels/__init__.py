@@ -96,6 +96,10 @@ class Shipment(Protocol):
         """Drops what was put. Does nothing once the shipment is finished."""
         ...
 
+    def invitation(self) -> str:
+        """What another process needs to put buckets into this shipment; see `join`."""
+        ...
+
 
 class Channel(ABC):
     """The sending half of a channel. The receiving half is a module function, `fetch`."""
@@ -149,6 +153,16 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
             f"{ticket.channel} holds version {manifest.version}, digest {manifest.digest[:16]}…"
         )
     return manifest, data
+
+
+def join(invitation: str) -> Shipment:
+    """The shipment that another process began: to put buckets into, not to finish or abort.
+
+    Raises:
+      ChannelError: it cannot be reached from here.
+    """
+    raw = json.loads(invitation)
+    return importlib.import_module(_FETCHERS[raw["channel"]]).join(raw)
 
 
 def earlier(ticket: Ticket, base: Base) -> Ticket:

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -132,10 +133,26 @@ class ObjectStoreShipment:
         self._done = True
         return Ticket(NAME, self._version, manifest.digest, self._address)
 
+    def invitation(self) -> str:
+        return json.dumps(
+            {"channel": NAME, "version": self._version, "keep": self._keep}
+            | json.loads(self._address)
+        )
+
     def abort(self) -> None:
         if not self._done:
             self._done = True
             self._shelf.abort.remote(self._version)
+
+
+def join(invitation: dict[str, Any]) -> ObjectStoreShipment:
+    """See `bridge.channels.join`. There must be a Ray node of the cluster on this host."""
+    version, gcs, name = (invitation[field] for field in ("version", "gcs", "shelf"))
+    with _plain_errors(version, f"shipped from {os.uname().nodename}"):
+        _join(gcs)
+        shelf = ray.get_actor(name, namespace=name)
+    address = json.dumps({"gcs": gcs, "shelf": name})
+    return ObjectStoreShipment(shelf, version, invitation["keep"], address)
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
@@ -188,7 +205,7 @@ def _wait(ref: Any) -> Any:
 def _plain_errors(version: int, doing: str) -> Iterator[None]:
     try:
         yield
-    except RayError as error:
+    except (RayError, ConnectionError, ValueError) as error:
         raise ChannelError(f"weight version {version} could not be {doing}: {error}") from error
 
 

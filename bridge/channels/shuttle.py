@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,6 +110,10 @@ class ShuttleShipment:
         self._drop_old()
         return Ticket(NAME, manifest.version, manifest.digest, str(self._final))
 
+    def invitation(self) -> str:
+        about = {"final": str(self._final), "buckets": self._buckets, "nbytes": self._nbytes}
+        return json.dumps({"channel": NAME, "keep": self._keep} | about)
+
     def abort(self) -> None:
         if not self._done:
             self._done = True
@@ -149,6 +154,21 @@ class ShuttleShipment:
         )
 
 
+def join(invitation: dict[str, Any]) -> ShuttleShipment:
+    """See `bridge.channels.join`."""
+    final = Path(invitation["final"])
+    shipment = ShuttleShipment(
+        final, invitation["buckets"], invitation["nbytes"], invitation["keep"]
+    )
+    if not shipment.partial.is_dir():
+        raise ChannelError(
+            f"weight version {int(final.name[1:])}: {os.uname().nodename} does not see "
+            f"{shipment.partial}, which another process of the trainer has made; "
+            "publish.shuttle_dir must be a directory that all of them share"
+        )
+    return shipment
+
+
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
     """See `bridge.channels.fetch`. The arrays lie in mapped files, read when they are touched.
 
@@ -163,8 +183,8 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
             if time.monotonic() >= end:
                 raise ChannelError(
                     f"weight version {ticket.version}: {error.filename} was not there within "
-                    f"{deadline_s:.3g} s; this host does not see that directory, or the version was "
-                    "dropped because newer ones were published"
+                    f"{deadline_s:.3g} s; this host does not see that directory, or the version "
+                    "was dropped because newer ones were published"
                 ) from error
             time.sleep(_POLL_S)
         except OSError as error:

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.encoding import Encoder
+from bridge.encoding import Encoder, Shadow
 from bridge.publisher import ship
-from bridge.wire import HostTensor, manifest_of, pack
+from bridge.wire import Base, HostTensor, manifest_of, pack
 from jaxrl import checkpoint
 from tests.reference_policy import make_reference, params_of, save_reference
 from tools import convert, inspect
@@ -204,7 +204,8 @@ def test_a_published_version(published, source, capsys):
 
 def test_a_version_that_travelled_as_a_difference(source, tmp_path, capsys):
     """It is shown whole, as an engine has it; with its base gone it cannot be."""
-    channel, encoder = ShuttleChannel(tmp_path / "weights"), Encoder("delta")
+    channel = ShuttleChannel(tmp_path / "weights")
+    encoder, shadow = Encoder("delta"), Shadow()
     arrays = {name: t.numpy().copy() for name, t in load_file(source / "model.safetensors").items()}
     for version in (12, 13):
         arrays["model.norm.weight"][3] += version - 12
@@ -213,10 +214,12 @@ def test_a_version_that_travelled_as_a_difference(source, tmp_path, capsys):
             for name, a in arrays.items()
         ]
         shipment = channel.begin(version, 1, 1 << 20)
-        base = encoder.begin()
-        manifest = manifest_of(version, ship([tensors], shipment, encoder), base)
+        base = encoder.base()
+        shadow.begin(base, keep=True)
+        manifest = manifest_of(version, ship([tensors], shipment, shadow), base)
         folder = Path(shipment.finish(manifest).address)
         encoder.shipped(manifest)
+        shadow.settle(Base(version, manifest.digest))
     found = report(capsys, folder)
     assert found["parameters"] == PARAMETERS and found["bytes"] == 4 * PARAMETERS
     assert re.fullmatch(

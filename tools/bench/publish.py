@@ -18,10 +18,10 @@ import numpy as np
 
 from bridge.channels import Channel
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.encoding import Encoder
+from bridge.encoding import Encoder, Shadow
 from bridge.export import Exporter
 from bridge.publisher import ship
-from bridge.wire import HostTensor, Manifest, manifest_of
+from bridge.wire import Base, HostTensor, Manifest, manifest_of
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import init_params
 from jaxrl.models.params import param_specs
@@ -118,6 +118,7 @@ def _publishes(
     version = 0
     for label in ("full", "channel alone", "delta"):
         encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
+        shadow = Shadow()
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
         shares = []
         for round_ in range(repeat + 2):
@@ -129,6 +130,7 @@ def _publishes(
                 exporter,
                 channel,
                 encoder,
+                shadow,
                 version,
             )
             sent = time.perf_counter()
@@ -155,13 +157,16 @@ def _send(
     exporter: Exporter,
     channel: Channel,
     encoder: Encoder,
+    shadow: Shadow,
     version: int,
 ) -> tuple[Manifest, str]:
     shipment = channel.begin(version, len(exporter.plan), exporter.nbytes)
-    base = encoder.begin()
-    manifest = manifest_of(version, ship(groups, shipment, encoder), base)
+    base = encoder.base()
+    shadow.begin(base, encoder.deltas)
+    manifest = manifest_of(version, ship(groups, shipment, shadow), base)
     ticket = shipment.finish(manifest)
     encoder.shipped(manifest)
+    shadow.settle(Base(version, manifest.digest))
     return manifest, ticket.to_json()
 
 
