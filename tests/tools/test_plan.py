@@ -112,6 +112,21 @@ def test_collectives_of_a_loop_count_with_their_axis_and_bytes(devices):
     assert found.wire_bytes == found.bytes  # a ring of two sends each half twice
 
 
+def test_collectives_written_out_all_count_though_they_have_one_channel(devices):
+    def body(x):
+        summed = jax.lax.psum(x, "y")
+        whole = jax.lax.all_gather(summed, "x", axis=1)
+        return jax.lax.ppermute(whole, "x", [(0, 1), (1, 0)])
+
+    sharded = on(devices, 256, 1024, spec=P("x", None), axes=("x", "y"), sizes=(2, 2))
+    mesh = sharded.sharding.mesh
+    function = jax.shard_map(body, mesh=mesh, in_specs=P("x", None), out_specs=P("x", None))
+    text = jax.jit(function).lower(sharded).compile().as_text()
+    assert text.count("channel_id=1,") == 3  # when this fails, channels may tell them apart
+    kinds = sorted(found.kind for found in Program(text).cost().collectives)
+    assert kinds == ["all-gather", "all-reduce", "collective-permute"]
+
+
 LOOP = """
 HloModule m
 
