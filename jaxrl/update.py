@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
 from jaxrl.losses import grpo_loss, token_logprobs
-from jaxrl.mesh import keep_rows, put_rows, row_shards
+from jaxrl.mesh import keep_rows, partition, put_rows, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
@@ -263,16 +263,32 @@ def score_sampled(
         Packed(batch.group_BT, batch.branch_BT if branches else None, batch.positions_BT),
     )
     hidden_BCD = jnp.take_along_axis(hidden_BTD, batch.predictor_BC[..., None], axis=1)
+    unembed = functools.partial(policy.unembed, params)
+    if policy.mesh is not None and shards > 1:
+        head_SDV = head_of_each_shard(policy.head(params), shards, policy.mesh)
+        unembed = functools.partial(jax.vmap(policy.unembed_by), head_SDV)
     # Each device's rows as one, so that a chunk is as large as it may be however short rows are.
     scores = token_logprobs(
         keep_rows(hidden_BCD.reshape(shards, -1, hidden_BCD.shape[-1]), policy.mesh),
-        functools.partial(policy.unembed, params),
+        unembed,
         batch.targets_BC.reshape(shards, -1),
         temperature,
         chunk_tokens,
     )
     logprobs_BC, entropy_BC = (x.reshape(batch.targets_BC.shape) for x in scores)
     return logprobs_BC, entropy_BC
+
+
+def head_of_each_shard(head_DV: jax.Array, shards: int, mesh: Mesh) -> jax.Array:
+    """float32 [S, D, V]: a copy for each shard of rows, on the devices that have the shard.
+
+    So the head is gathered once, and its gradient stays with the shard until all chunks of logits
+    have added to it. Of a head that shards have in common XLA does both for each chunk. It travels
+    in the dtype it comes in; in float32 the chunks add up.
+    """
+    head_SDV = jnp.broadcast_to(head_DV, (shards, *head_DV.shape))
+    layout = NamedSharding(mesh, partition(mesh, ("rows", "embed", "vocab"), head_SDV.shape))
+    return jax.lax.with_sharding_constraint(head_SDV, layout).astype(jnp.float32)
 
 
 def split(x: jax.Array, parts: int, shards: int) -> jax.Array:

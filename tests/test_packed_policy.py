@@ -55,7 +55,7 @@ def load(tmp_path_factory):
         config = load_config(directory(name))
         specs = param_specs(config)
         params = load_params(directory(name), specs, param_shardings(specs, make_mesh(mesh)))
-        return Policy(config, jnp.float32), params
+        return Policy(config, jnp.float32, mesh=make_mesh(mesh)), params
 
     return load
 
@@ -128,18 +128,24 @@ def test_loss_and_gradients_are_those_of_one_completion_a_row(name, layout, load
         np.testing.assert_allclose(found, leaf, rtol=0, atol=1e-5 * most, err_msg=str(path))
 
 
+@pytest.mark.parametrize("section", [ONE, MESH], ids=["one", "mesh"])
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_in_chunks_give_the_same_scores_and_gradients(name, load, case):
-    policy, params = load(name)
-    batch = pack(*case(name)[0], UpdateSection())
+def test_logits_in_chunks_give_the_same_scores_and_gradients(name, section, load, case):
+    shards = row_shards(make_mesh(section))
+    batch = pack(*case(name)[0], UpdateSection(row_tokens=64), shards)
     factors_BC = np.random.default_rng(0).normal(size=batch.targets_BC.shape)
 
-    def total(params, chunk_tokens):
-        scores = score_sampled(policy, params, batch, TEMPERATURE, chunk_tokens)
-        return sum((x * factors_BC * batch.loss_mask_BC).sum() for x in scores), scores
+    def run(section, chunk_tokens, shards):
+        policy, params = load(name, section)
 
-    run = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
-    (expected_gradients, expected), (gradients, found) = run(params, None), run(params, 7)
+        def total(params):
+            scores = score_sampled(policy, params, batch, TEMPERATURE, chunk_tokens, shards)
+            return sum((x * factors_BC * batch.loss_mask_BC).sum() for x in scores), scores
+
+        return jax.device_get(jax.jit(jax.grad(total, has_aux=True))(params))
+
+    expected_gradients, expected = run(ONE, None, 1)
+    gradients, found = run(section, 7 * shards, shards)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.ptp(other))
     for one, other in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):

@@ -29,6 +29,7 @@ from jaxrl.update import (
     make_optimizer,
     make_update,
     microbatch_tokens,
+    score_sampled,
 )
 from tests.reference_policy import VOCAB, make_reference, params_of, save_reference
 
@@ -492,6 +493,31 @@ def test_gradients_of_bfloat16_products_add_up_in_float32(sampled):
     one, same = gradient(params, {}, batch)[0], gradient(params, {}, many)[0]
     assert same["table"].dtype == jnp.float32
     np.testing.assert_allclose(same["table"], one["table"], rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_the_head_add_up_in_float32_over_chunks_of_logits(config):
+    """On each of 8 devices 512 equal tokens, one a chunk: beyond 256 of them a sum in bfloat16
+    stands still."""
+
+    class Alike(Policy):
+        def hidden(self, params, tokens_BT, positions_BT, seen):
+            return jnp.ones((*tokens_BT.shape, config.hidden_size), jnp.bfloat16), None
+
+    policy = Alike(config, jnp.bfloat16, mesh=make_mesh(MeshSection(fsdp=8)))
+    D, V = config.hidden_size, config.vocab_size
+    head_DV = jnp.sin(jnp.arange(D * V, dtype=jnp.float32)).reshape(D, V)
+
+    def gradient(tokens):
+        batch = TrainBatch(*[np.ones((8, tokens), np.int32)] * len(TrainBatch._fields))
+
+        def total(head_DV):
+            params = {"embed": head_DV.T, "lm_head": head_DV}
+            return score_sampled(policy, params, batch, 1.0, 8, 8)[0].sum()
+
+        return jax.jit(jax.grad(total))(head_DV)
+
+    one, many = gradient(2) / 2, gradient(512)
+    np.testing.assert_allclose(many, 512 * one, rtol=0.01, atol=1e-3 * np.abs(many).max())
 
 
 # --- updates that must not happen ---

@@ -379,8 +379,16 @@ class Policy(NamedTuple):
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
+        return self.unembed_by(self.head(params), hidden)
+
+    def head(self, params: Params) -> jax.Array:
+        """[D, V], in the compute dtype."""
+        head_DV = params["embed"].T if self.config.tied_embeddings else params["lm_head"]
+        return head_DV.astype(self.compute_dtype)
+
+    def unembed_by(self, head_DV: jax.Array, hidden: jax.Array) -> jax.Array:
+        """`unembed` with a head of any dtype, which is rounded to the compute dtype."""
         c = self.config
-        head_DV = params["embed"].T if c.tied_embeddings else params["lm_head"]
         with jax.named_scope("logits"):
             logits = project(hidden, head_DV.astype(self.compute_dtype), dtype=jnp.float32)
             if c.logit_divisor != 1.0:

@@ -198,18 +198,21 @@ class Program:
         return i.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
 
     def collectives(self) -> Iterator[Collective]:
-        """Each once: an asynchronous one stands in every computation that helps it along."""
-        seen: set[str] = set()
+        """Each once: an asynchronous one stands in every fusion that helps it along.
+
+        Those have its channel; but so have, outside of fusions, all that `shard_map` makes.
+        """
+        seen: set[tuple[str, str, tuple[int, ...]]] = set()
         for name, runs in self.runs.items():
             computation = self.computations[name]
             for i in computation.instructions.values():
                 kind = i.op.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                channel = i.attribute("channel_id") or i.name
-                if channel in seen:
+                key = (i.attribute("channel_id") or i.name, kind, i.shapes[0].dims)
+                if name in self.fused and key in seen:
                     continue
-                seen.add(channel)
+                seen.add(key)
                 yield self._collective(kind, i, computation, runs)
 
     def _collective(
