@@ -76,7 +76,7 @@ class Exporter:
         running: collections.deque[tuple[int, Group, dict[str, jax.Array]]] = collections.deque()
         for owner, group in zip(owners, self.plan, strict=True):
             stacked = self.program(group, params)(*self.inputs(group, params))
-            running.append((owner, group, stacked))
+            running.append((owner, group, _cast(stacked, self._dtype)))
             if len(running) > _AHEAD:
                 yield self._taken(*running.popleft())
         while running:
@@ -99,7 +99,7 @@ class Exporter:
 
     def program(self, group: Group, params: Any) -> Any:
         """Jitted inputs -> tensors stacked by layer (and expert), by name. On a mesh every device
-        has all of them."""
+        has all of them. On CPU they are not cast yet."""
         leaves, _ = self.inputs(group, params)
         sharding = getattr(next(iter(leaves.values())), "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -152,6 +152,8 @@ def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
 def _program(
     specs: tuple[tuple[Path, ParamSpec], ...], layers: int, dtype: str, mesh: Mesh | None
 ) -> Callable[[dict[Path, jax.Array], int], dict[str, jax.Array]]:
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
     def run(leaves: dict[Path, jax.Array], start: int) -> dict[str, jax.Array]:
         rows: dict[str, list[jax.Array]] = {}
         for path, spec in specs:
@@ -159,7 +161,9 @@ def _program(
             if layers:
                 leaf = jax.lax.dynamic_slice_in_dim(leaf, start, layers, axis=0)
                 spec = dataclasses.replace(spec, shape=(layers, *spec.shape[1:]))
-            rows.setdefault(spec.hf_name, []).append(to_hf(spec, leaf.astype(dtype)))
+            # XLA's CPU backend would transpose and cast in one loop, at a third of the speed.
+            wire = leaf if platform == "cpu" else leaf.astype(dtype)
+            rows.setdefault(spec.hf_name, []).append(to_hf(spec, wire))
         stacks = {spec.hf_name: spec.stack for _, spec in specs}
         whole = {
             name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=stacks[name])
@@ -170,6 +174,11 @@ def _program(
         return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, P()))
 
     return jax.jit(run)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(stacked: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+    return {name: array.astype(dtype) for name, array in stacked.items()}
 
 
 def _layers(spec: ParamSpec) -> int:

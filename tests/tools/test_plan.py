@@ -305,6 +305,7 @@ def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
     published = plan["outside the devices"]["publish, float32"]
     assert published["bytes"] == 2 * weights
     assert published["seconds"] == pytest.approx(published["bytes"] * 8e-9)
+    assert 0.004 < published["delta_seconds"] / published["seconds"] < 0.015
     # Parameters and two moments, and a few counters.
     state = plan["outside the devices"]["checkpoint"]["bytes"]
     assert 0 <= state - 3 * published["bytes"] <= 64

@@ -193,11 +193,16 @@ def sizes(
         wire(specs, "bfloat16") if specs.keys() - trained.keys() else 0,
         state_bytes,
         packed,
-        # The export, and the versions that the channel keeps alive (in shared memory, or files).
-        publish * (1 + versions) + packed,
+        # What the channel keeps alive (in shared memory, or files), and what is on its way there.
+        publish * (1 + versions + (c.publish.encoding == "delta")) + packed,
         kv,
         kv * longest * c.vllm.max_num_seqs,
     )
+
+
+# Of the bytes of a bfloat16 version, as a difference where 1 % of its values changed
+# (docs/benchmarks.md, Deltas).
+DELTA_SHARE = 0.006
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +234,13 @@ class Pools:
         alternate = max_lag == 0
         cycle = self.rollout_s + self.train_s if alternate else max(self.rollout_s, self.train_s)
         return cycle, 1 - self.train_s / cycle, 1 - self.rollout_s / cycle
+
+
+def publish_seconds(c: Config, nbytes: float, link_gbps: float | None) -> float | None:
+    """To bring so many bytes over the trainer's one link to each engine, on a machine of its own;
+    None if the link is not known."""
+    engines = c.vllm.engines if c.rollout.engine == "vllm" else 1
+    return None if link_gbps is None else engines * nbytes / (link_gbps * 125e6)
 
 
 def pools(c: Config, step_s: float, publish_s: float, engine_tokens_per_s: float | None) -> Pools:

@@ -13,12 +13,14 @@ from jaxrl.settings import revise
 from jaxrl.train import check_lengths
 from tools.plan import report
 from tools.plan.estimate import (
+    DELTA_SHARE,
     Pools,
     Roofline,
     Sizes,
     Traffic,
     model_flops,
     pools,
+    publish_seconds,
     roofline,
     sizes,
     traffic,
@@ -53,7 +55,7 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
         sections += [_work(setup, target, update, moves, step), _collectives(moves)]
     sections.append(_outside(size, options.link_gbps, c))
     if step is not None:
-        publish = 0.0 if options.link_gbps is None else size.publish / (options.link_gbps * 125e6)
+        publish = publish_seconds(c, size.publish, options.link_gbps) or 0.0
         both = pools(c, step.step, publish, options.engine_tokens_per_s)
         sections.append(_pools(both, size, c))
     if not fits:
@@ -218,10 +220,13 @@ def _collectives(moves: list[Traffic]) -> Section:
 
 def _outside(size: Sizes, link_gbps: float | None, c: Config) -> Section:
     publish = gb(size.publish)
-    took: float | None = None
-    if link_gbps is not None:
-        took = size.publish / (link_gbps * 125e6)
-        publish += f", {seconds(took)} over {link_gbps:g} Gbit/s"
+    took = publish_seconds(c, size.publish, link_gbps)
+    delta = publish_seconds(c, DELTA_SHARE * size.publish, link_gbps)
+    if took is not None and delta is not None:
+        publish += (
+            f", {seconds(took)} over {link_gbps:g} Gbit/s to all engines; as a difference, where "
+            f"1 % of the values changed, {seconds(delta)}"
+        )
     else:
         publish += "; its time needs --link-gbps"
     if size.publish_once:
@@ -233,11 +238,17 @@ def _outside(size: Sizes, link_gbps: float | None, c: Config) -> Section:
             Line(
                 f"publish, {c.wire_dtype}",
                 publish,
-                {"bytes": size.publish, "seconds": took, "once_bytes": size.publish_once},
+                {
+                    "bytes": size.publish,
+                    "seconds": took,
+                    "delta_seconds": delta,
+                    "once_bytes": size.publish_once,
+                },
             ),
             Line(
                 "driver's memory",
-                f"{gb(size.host)}: the export, {c.publish.keep_versions} versions kept, and a "
+                f"{gb(size.host)}: {c.publish.keep_versions} versions kept, one on its way"
+                f"{' and one to take differences from' * (c.publish.encoding == 'delta')}, and a "
                 f"packed batch of {gb(size.batch)}",
                 {"bytes": size.host, "batch_bytes": size.batch},
             ),
