@@ -135,6 +135,7 @@ class Publisher:
             len(proven),
             difference,
             clock.seconds,
+            clock.pause_s,
             None if manifest.base is None else manifest.base.version,
         )
 
@@ -185,6 +186,7 @@ class Publisher:
             encoder.measured(manifest.nbytes, stage_s)
         acknowledged = _answers(self._engines.commit(version), failed)
         clock.lap("load")
+        clock.pause_s = max((said.get("pause_s", 0.0) for said in acknowledged.values()), default=0)
         for name, said in acknowledged.items():
             if (said["version"], said["digest"]) != (version, manifest.digest):
                 failed[name] = (
@@ -227,6 +229,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.pause_s = 0.0  # the longest that an engine sampled nothing
         self._since = time.perf_counter()
 
     def lap(self, name: str) -> float:

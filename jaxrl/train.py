@@ -192,6 +192,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "weights/version": version,
             "publish/bytes": report.bytes,
             "publish/delta": int(report.base is not None),
+            "publish/pause_s": report.pause_s,
             "publish/engines": report.engines,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
             "data/cursor": cursor,

@@ -85,6 +85,7 @@ class PublishReport:
     engines: int  # that acknowledged
     probe_max_abs_dlogp: float  # nats, engine against trainer on the probe prompt
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds of each
+    pause_s: float = 0.0  # the longest that an engine sampled nothing
     base: int | None = None  # the version that it went as a difference from
 
 

@@ -113,6 +113,8 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
         for through, params, version in plan:
             report = through.publish(params, version)
             assert (report.version, report.engines) == (version, 1)
+            assert list(report.phases) == ["ship", "stage", "load", "prove"]
+            assert 0 < report.pause_s < report.phases["load"] <= report.seconds
             served = scores(running)
             if params is a:
                 for ours, theirs in zip(served, of_fresh, strict=True):
