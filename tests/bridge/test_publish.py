@@ -25,6 +25,7 @@ from jaxrl.models.decoder import Policy, init_params
 from jaxrl.models.params import param_specs
 from jaxrl.sampler import make_score
 from jaxrl.types import Prompt, Sampling
+from tests.bridge.forked_engine import ForkedEngines
 
 PROBES = [[5, 9, 100, 3, 3, 64, 1], [0] * 12, list(range(20, 60))]
 CONFIG = {
@@ -67,10 +68,17 @@ def scores(fleet: Fleet) -> list[np.ndarray]:
     return [next(iter(fleet.score(probe).values())) for probe in PROBES]
 
 
+@pytest.fixture(scope="module")
+def engines():
+    engines = ForkedEngines()
+    yield engines
+    engines.close()
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_directory(
-    tied, dtype, tmp_path, ray_cluster, engine_settings
+    tied, dtype, tmp_path, ray_cluster, engine_settings, engines
 ):
     source, exported = tmp_path / "source", tmp_path / "exported"
     source.mkdir()
@@ -88,12 +96,12 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
     expected = expected_tensors(specs, dtype)
     settings = dataclasses.replace(engine_settings, dtype=dtype)
     running = ready(settings, engine_files(source), expected)
-    fresh = ready(dataclasses.replace(settings, load_format="auto"), str(exported), expected)
     warnings = []
     try:
+        loading = dataclasses.replace(settings, load_format="auto")
+        with engines.engine(loading, str(exported)) as fresh:
+            of_fresh = [fresh.call("score", probe) for probe in PROBES]
         running.wait_ready()
-        fresh.wait_ready()
-        of_fresh = scores(fresh)
 
         def publisher(channel, encoding):
             return Publisher(
@@ -145,4 +153,3 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
                 np.testing.assert_allclose(rollout.logprobs, trainer, atol=1e-4)
     finally:
         running.close()
-        fresh.close()
