@@ -98,8 +98,8 @@ class Exporter:
         return {path: leaf_at(params, path) for path in paths}, group.start
 
     def program(self, group: Group, params: Any) -> Any:
-        """Jitted inputs -> tensors stacked by layer (and expert), by name. On a mesh every device
-        has all of them. On CPU they are not cast yet."""
+        """Jitted inputs -> tensors stacked by layer (and expert), by name. On a mesh of several
+        processes every device has all of them. On CPU they are not cast yet."""
         leaves, _ = self.inputs(group, params)
         sharding = getattr(next(iter(leaves.values())), "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -139,11 +139,12 @@ class Exporter:
 
 
 def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
-    """Arrays that every device has all of, each copied from another device of this process."""
+    """Arrays that this process can read. Of those that each of its devices has all of, every one
+    comes from another device."""
     parts = []
     for i, array in enumerate(arrays):
         shards = array.addressable_shards
-        parts.append(shards[i % len(shards)].data)
+        parts.append(shards[i % len(shards)].data if array.is_fully_replicated else array)
         parts[-1].copy_to_host_async()
     return [np.asarray(part) for part in parts]
 
@@ -169,8 +170,8 @@ def _program(
             name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=stacks[name])
             for name, parts in rows.items()
         }
-        if mesh is None or mesh.size == 1:
-            return whole
+        if mesh is None or len({device.process_index for device in mesh.devices.flat}) == 1:
+            return whole  # each device's part goes to the host by itself
         return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, P()))
 
     return jax.jit(run)

@@ -370,7 +370,8 @@ def test_temporaries_with_remat(with_remat):
     assert update.arguments == pytest.approx(3 * 4 * 596_049_920 / 16, rel=0.01)
     # The state is written where it was read.
     assert update.outputs - update.aliased < 1e5
-    assert export.peak < 596_049_920 * 6 / 16 * 1.1
+    # The largest bucket, the embedding: every chip of several hosts has it whole, twice at most.
+    assert export.peak < 2.2 * 151_936 * 1024 * 2
 
 
 def test_collectives_are_those_of_fsdp(with_remat):
