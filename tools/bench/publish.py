@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -85,14 +85,16 @@ def bench_publish(gigabytes: float, workers: int, repeat: int = 5) -> None:
     exporter = Exporter(specs, DTYPE)
     nbytes = exporter.nbytes
     print(f"{nbytes / 1e9:.2f} GB of {DTYPE} in {len(exporter.plan)} buckets, {workers} workers")
-    copy_s = _median(repeat, _plain_copy(nbytes))
-    _line("plain copy of the bytes", [copy_s], nbytes, copy_s)
-    exports = [_timed(lambda: _drain(exporter.groups(one))) for _ in range(repeat + 1)]
-    _line("export alone", exports[1:], nbytes, copy_s)
+    copy = _plain_copy(nbytes)
+    pairs = [
+        (_timed(copy), _timed(lambda: _drain(exporter.groups(one)))) for _ in range(repeat + 1)
+    ]
+    copies, exports = zip(*pairs[1:], strict=True)
+    _line("export alone", exports, nbytes, copies)
     with _cluster(nbytes, workers) as actors:
         for name in ("object_store", "shuttle"):
             with _channel(name) as channel:
-                _publishes(name, exporter, states, channel, actors, repeat, copy_s)
+                _publishes(name, exporter, states, channel, actors, repeat, copy)
 
 
 def _moved(share: float, params: Any, key: jax.Array) -> Any:
@@ -111,7 +113,7 @@ def _publishes(
     channel: Channel,
     actors: list[Any],
     repeat: int,
-    copy_s: float,
+    copy: Callable[[], Any],
 ) -> None:
     """Full versions, then full ones that were exported before, then deltas."""
     held = [list(group) for group in exporter.groups(states[0])]
@@ -120,9 +122,10 @@ def _publishes(
         encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
         shadow = Shadow()
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
-        shares = []
+        shares, copies = [], []
         for round_ in range(repeat + 2):
             version += 1
+            copies.append(_timed(copy))  # beside each version: the machine's speed drifts
             groups = exporter.groups(states[round_ % 2])
             start = time.perf_counter()
             manifest, ticket = _send(
@@ -141,7 +144,7 @@ def _publishes(
                 seconds[phase].append(taken)
         on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
         for phase, taken in seconds.items():  # two rounds to warm up
-            _line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copy_s)
+            _line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copies[2:])
 
 
 def _stage(actors: list[Any], ticket: str, digest: str) -> None:
@@ -220,11 +223,8 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _median(repeat: int, run: Callable[[], Any]) -> float:
-    return statistics.median([_timed(run) for _ in range(repeat + 1)][1:])
-
-
-def _line(label: str, seconds: list[float], nbytes: int, copy_s: float) -> None:
-    median = statistics.median(seconds)
-    rate = nbytes / median / 1e9
-    print(f"{label:58s} {median:7.3f} s  {rate:6.2f} GB/s  {copy_s / median:5.2f} of a copy")
+def _line(label: str, seconds: Sequence[float], nbytes: int, copies: Sequence[float]) -> None:
+    """`copies`: seconds of a plain copy of the same bytes, measured in between."""
+    median, copy = statistics.median(seconds), statistics.median(copies)
+    rate = f"{nbytes / median / 1e9:6.2f} GB/s"
+    print(f"{label:58s} {median:7.3f} s  {rate}  {copy / median:5.2f} of a copy ({copy:.3f} s)")
