@@ -124,7 +124,6 @@ class ShuttleShipment:
         try:
             yield
         except OSError as error:
-            self.abort()
             raise ChannelError(self._explain(error)) from error
 
     def _drop_old(self) -> None:

@@ -344,3 +344,16 @@ def test_the_manifest_on_disk_carries_the_digest_of_every_tensor(shuttle):
     assert digests == {
         name: xxhash.xxh3_128(array.tobytes()).hexdigest() for name, array in weights(5).items()
     }
+
+
+def test_what_one_process_cannot_put_leaves_the_buckets_of_the_others(shuttle):
+    manifest, buckets = pack(1, version=1)
+    shipment = shuttle.begin(1, len(buckets), manifest.nbytes)
+    other = channels.join(shipment.invitation())
+    inside = [[e for e in manifest.tensors if e.bucket == i] for i in range(len(buckets))]
+    shipment.put(inside[0], buckets[0])
+    with pytest.raises(ChannelError, match="version 1 could not be written"):
+        other.put(inside[0], buckets[0])  # its file is there already
+    for entries, data in zip(inside[1:], buckets[1:], strict=True):
+        other.put(entries, data)
+    assert_same(unpack(*channels.fetch(shipment.finish(manifest), DEADLINE_S)), weights(1))
