@@ -104,18 +104,13 @@ class Prefetch:
     """
 
     def __init__(self, receiver: Receiver, ticket: channels.Ticket, deadline_s: float):
-        self.ticket = ticket
-        self._receiver = receiver
+        self.ticket, self.receiver = ticket, receiver
         self._deadline_s = deadline_s
         self._end = time.monotonic() + 2 * deadline_s
         self._staged: Staged | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="bridge-prefetch", daemon=True)
         self._thread.start()
-
-    def alive(self) -> bool:
-        """Whether the thread still runs, within its deadline or not."""
-        return self._thread.is_alive()
 
     def done(self) -> bool:
         """Whether `result` would return, or raise, without waiting."""
@@ -135,7 +130,7 @@ class Prefetch:
 
     def _run(self) -> None:
         try:
-            self._staged = stage(self._receiver, self.ticket, self._deadline_s)
+            self._staged = stage(self.receiver, self.ticket, self._deadline_s)
         except Exception as error:  # every failure is raised again by `result`, in vLLM's thread
             self._error = error
 
@@ -163,14 +158,13 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
 
     def prefetch(self, ticket_json: str, deadline_s: float) -> None:
         """Begins to fetch; `receive_weights` with the same ticket takes the result."""
-        ticket = channels.Ticket.from_json(ticket_json)
-        self._prefetch = Prefetch(self._receiver(), ticket, deadline_s)
+        self._prefetch = self._begun(channels.Ticket.from_json(ticket_json), deadline_s)
 
-    def _receiver(self) -> Receiver:
-        """The one that knows the last version; a new one while a late thread still uses that."""
-        if self._prefetch is not None and self._prefetch.alive():
-            self._kept = Receiver(prove)
-        return self._kept
+    def _begun(self, ticket: channels.Ticket, deadline_s: float) -> Prefetch:
+        """With the receiver that holds the last version, which comes back with the result: a late
+        thread may still write to it, and nobody else may use it then."""
+        receiver, self._kept = self._kept, Receiver(prove)
+        return Prefetch(receiver, ticket, deadline_s)
 
     def prefetched(self) -> bool:
         return self._prefetch is None or self._prefetch.done()
@@ -184,8 +178,9 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         ticket = channels.Ticket.from_json(update_info.ticket)
         prefetch, self._prefetch = self._prefetch, None
         if prefetch is None or prefetch.ticket != ticket:
-            prefetch = Prefetch(self._receiver(), ticket, update_info.deadline_s)
+            prefetch = self._begun(ticket, update_info.deadline_s)
         staged = prefetch.result()
+        self._kept = prefetch.receiver
         problems = differences(update_info.expected, staged.tensors)
         if staged.is_adapter:
             problems += _unplaced(self.model, staged.tensors)
