@@ -2,8 +2,9 @@
 
 The rules are the rows of `jaxrl.models.params.param_specs`; here is what they mean. Every step has
 its inverse: a tensor is cut into pieces by rows, a piece is one index of a leaf's stacked axes, and
-its [out, in] matrix is our axes transposed and flattened. The layout functions use only methods
-that NumPy and jax arrays share, so that one rule serves loading, export and tests.
+its [out, in] matrix is our axes flattened, and transposed where the inputs come first. The layout
+functions use only methods that NumPy and jax arrays share, so that one rule serves loading, export
+and tests.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def hf_shape(spec: ParamSpec) -> tuple[int, ...]:
     shape = spec.shape[spec.stack :]
     if spec.inputs is None:
         return shape
-    inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
+    outputs, inputs = _split(spec, shape)
     return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
 
@@ -85,7 +86,8 @@ def hf_axes(spec: ParamSpec) -> tuple[str | None, ...]:
     axes = spec.axes[spec.stack :]
     if spec.inputs is None:
         return axes
-    return (axes[spec.inputs], axes[0]) if spec.inputs else (axes[0],)
+    outputs, inputs = _split(spec, axes)
+    return (outputs[0], inputs[0]) if inputs else (outputs[0],)
 
 
 def to_hf(spec: ParamSpec, leaf: Any) -> Any:
@@ -93,18 +95,25 @@ def to_hf(spec: ParamSpec, leaf: Any) -> Any:
     if spec.inputs is None:
         return leaf
     lead, shape = spec.shape[: spec.stack], hf_shape(spec)
-    if not spec.inputs:
-        return leaf.reshape(*lead, *shape)
-    outputs, inputs = shape
-    return leaf.reshape(*lead, inputs, outputs).swapaxes(-1, -2)
+    if spec.inputs_first:
+        return leaf.reshape(*lead, *shape[::-1]).swapaxes(-1, -2)
+    return leaf.reshape(*lead, *shape)
 
 
 def from_hf(spec: ParamSpec, piece: Any) -> Any:
     """The inverse of `to_hf`, for one piece (one index of the stack)."""
     if spec.inputs is None:
         return piece
-    matrix = piece.swapaxes(-1, -2) if spec.inputs else piece
+    matrix = piece.swapaxes(-1, -2) if spec.inputs_first else piece
     return matrix.reshape(spec.shape[spec.stack :])
+
+
+def _split(spec: ParamSpec, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What stands for the axes behind the stack -> the outputs' and the inputs' part of it."""
+    inputs = spec.inputs or 0
+    if spec.inputs_first:
+        return axes[inputs:], axes[:inputs]
+    return axes[: len(axes) - inputs], axes[len(axes) - inputs :]
 
 
 def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -85,7 +85,7 @@ class Place:
         self.shard = dataclasses.replace(
             spec, shape=sharding.shard_shape(spec.shape), axes=(), hf_name=stacked, row=0
         )
-        self.axis = spec.stack + (spec.inputs or 0)  # the first output axis: chunks are cut there
+        self.axis = spec.first_output  # chunks are cut there
         self.transposed = self.devices[0].platform in _TRANSPOSED
         # There bfloat16 is updated by way of a float32 copy of the whole leaf, integers in place.
         self.held_as = "uint16" if self.transposed and dtype == "bfloat16" else dtype
@@ -179,7 +179,7 @@ def _setter(
     is what one device gets of a piece; `at`, int32 [stack + 1], is the index in the stack, and the
     start on the first output axis.
     """
-    stack, axis = spec.stack, spec.stack + (spec.inputs or 0)
+    stack, axis = spec.stack, spec.first_output
     parts = (*sharding.spec, *[None] * stack)[:stack]
 
     def set_shard(leaf: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:

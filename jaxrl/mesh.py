@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "choices": (),
     "rank": (),
     "rows": ("expert", "data", "fsdp"),
     "tokens": (),

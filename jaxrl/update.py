@@ -265,8 +265,8 @@ def score_sampled(
     hidden_BCD = jnp.take_along_axis(hidden_BTD, batch.predictor_BC[..., None], axis=1)
     unembed = functools.partial(policy.unembed, params)
     if policy.mesh is not None and shards > 1:
-        head_SDV = head_of_each_shard(policy.head(params), shards, policy.mesh)
-        unembed = functools.partial(jax.vmap(policy.unembed_by), head_SDV)
+        head_SVD = head_of_each_shard(policy.head(params), shards, policy.mesh)
+        unembed = functools.partial(jax.vmap(policy.unembed_by), head_SVD)
     # Each device's rows as one, so that a chunk is as large as it may be however short rows are.
     scores = token_logprobs(
         keep_rows(hidden_BCD.reshape(shards, -1, hidden_BCD.shape[-1]), policy.mesh),
@@ -279,16 +279,16 @@ def score_sampled(
     return logprobs_BC, entropy_BC
 
 
-def head_of_each_shard(head_DV: jax.Array, shards: int, mesh: Mesh) -> jax.Array:
-    """float32 [S, D, V]: a copy for each shard of rows, on the devices that have the shard.
+def head_of_each_shard(head_VD: jax.Array, shards: int, mesh: Mesh) -> jax.Array:
+    """float32 [S, V, D]: a copy for each shard of rows, on the devices that have the shard.
 
     So the head is gathered once, and its gradient stays with the shard until all chunks of logits
     have added to it. Of a head that shards have in common XLA does both for each chunk. It travels
     in the dtype it comes in; in float32 the chunks add up.
     """
-    head_SDV = jnp.broadcast_to(head_DV, (shards, *head_DV.shape))
-    layout = NamedSharding(mesh, partition(mesh, ("rows", "embed", "vocab"), head_SDV.shape))
-    return jax.lax.with_sharding_constraint(head_SDV, layout).astype(jnp.float32)
+    head_SVD = jnp.broadcast_to(head_VD, (shards, *head_VD.shape))
+    layout = NamedSharding(mesh, partition(mesh, ("rows", "vocab", "embed"), head_SVD.shape))
+    return jax.lax.with_sharding_constraint(head_SVD, layout).astype(jnp.float32)
 
 
 def split(x: jax.Array, parts: int, shards: int) -> jax.Array:

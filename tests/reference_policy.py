@@ -73,22 +73,20 @@ def params_of(model: Qwen3ForCausalLM) -> dict:
         "layers": {
             "attention_norm": {"scale": stack("input_layernorm")},
             "attention": {
-                "query": stack("self_attn.q_proj", lambda x: x.T.reshape(D, -1, H)),
-                "key": stack("self_attn.k_proj", lambda x: x.T.reshape(D, -1, H)),
-                "value": stack("self_attn.v_proj", lambda x: x.T.reshape(D, -1, H)),
-                "output": stack("self_attn.o_proj", lambda x: x.T.reshape(-1, H, D)),
+                "query": stack("self_attn.q_proj", lambda x: x.reshape(-1, H, D)),
+                "key": stack("self_attn.k_proj", lambda x: x.reshape(-1, H, D)),
+                "value": stack("self_attn.v_proj", lambda x: x.reshape(-1, H, D)),
+                "output": stack("self_attn.o_proj", lambda x: x.reshape(D, -1, H)),
                 "query_norm": stack("self_attn.q_norm"),
                 "key_norm": stack("self_attn.k_norm"),
             },
             "mlp_norm": {"scale": stack("post_attention_layernorm")},
-            "mlp": {
-                name: stack(f"mlp.{name}_proj", lambda x: x.T) for name in ("gate", "up", "down")
-            },
+            "mlp": {name: stack(f"mlp.{name}_proj") for name in ("gate", "up", "down")},
         },
         "final_norm": {"scale": state["model.norm.weight"]},
     }
     if not c.tie_word_embeddings:
-        params["lm_head"] = np.ascontiguousarray(state["lm_head.weight"].T)
+        params["lm_head"] = state["lm_head.weight"]
     return params
 
 

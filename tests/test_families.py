@@ -174,8 +174,8 @@ def test_a_mesh_gives_the_logits_of_one_device(name, load, logits):
     assert ("kv_heads = 1 " in whole) == (policy.config.num_kv_heads == 1)
     query = params["layers"]["attention"]["query"]
     parts = {shard.data.shape for shard in query.addressable_shards}
-    layers, _, _, size = query.shape
-    assert parts == {(layers, 64 // 2, 4 // 2, size)}  # it really is split
+    layers, _, size, _ = query.shape
+    assert parts == {(layers, 4 // 2, size, 64 // 2)}  # it really is split
     found = np.asarray(jax.jit(policy.logits)(params, TOKENS_BT))
     np.testing.assert_allclose(found, logits(name), rtol=0, atol=1e-5 * np.ptp(logits(name)))
 

@@ -101,7 +101,7 @@ class Adapted:
         return jax.tree.map(jax.device_put, tree, param_shardings(self.trained, mesh))
 
     def _leaf(self, path, shape, named) -> np.ndarray:
-        """By hand: which PEFT matrix, which of its rows, transposed."""
+        """By hand: which PEFT matrix, which of its rows."""
         _, block, leaf = path
         block = "self_attn" if block == "attention" else "mlp"
         c, H = self.config, self.config.head_dim
@@ -125,7 +125,7 @@ class Adapted:
                     matrix = named[f"{where}{module}.lora_B.weight"][start : start + size]
                 else:
                     matrix = named[f"{where}{own[part]}.lora_B.weight"]
-            rows.append(matrix.T.reshape(shape[1:]))
+            rows.append(matrix.reshape(shape[1:]))
         return np.stack(rows)
 
     def frozen(self, mesh=None):

@@ -48,18 +48,18 @@ def test_every_parameter_is_split_over_fsdp_and_tensor_only():
     assert shard_shapes(CONFIG, data=2, fsdp=2, tensor=2) == {
         "embed": (32, 16),
         "layers/attention_norm/scale": (3, 16),
-        "layers/attention/query": (3, 16, 2, 16),
-        "layers/attention/key": (3, 16, 1, 16),
-        "layers/attention/value": (3, 16, 1, 16),
-        "layers/attention/output": (3, 2, 16, 16),
+        "layers/attention/query": (3, 2, 16, 16),
+        "layers/attention/key": (3, 1, 16, 16),
+        "layers/attention/value": (3, 1, 16, 16),
+        "layers/attention/output": (3, 16, 2, 16),
         "layers/attention/query_norm": (3, 16),
         "layers/attention/key_norm": (3, 16),
         "layers/mlp_norm/scale": (3, 16),
-        "layers/mlp/gate": (3, 16, 24),
-        "layers/mlp/up": (3, 16, 24),
-        "layers/mlp/down": (3, 24, 16),
+        "layers/mlp/gate": (3, 24, 16),
+        "layers/mlp/up": (3, 24, 16),
+        "layers/mlp/down": (3, 16, 24),
         "final_norm/scale": (16,),
-        "lm_head": (16, 32),
+        "lm_head": (32, 16),
     }
 
 
@@ -105,18 +105,18 @@ def test_dimensions_that_cannot_be_split_are_kept_whole_and_said():
     assert shard_shapes(odd, fsdp=2, tensor=2) == {
         "embed": (63, 31),
         "layers/attention_norm/scale": (3, 31),
-        "layers/attention/query": (3, 31, 2, 16),
-        "layers/attention/key": (3, 31, 1, 16),
-        "layers/attention/value": (3, 31, 1, 16),
-        "layers/attention/output": (3, 2, 16, 31),
+        "layers/attention/query": (3, 2, 16, 31),
+        "layers/attention/key": (3, 1, 16, 31),
+        "layers/attention/value": (3, 1, 16, 31),
+        "layers/attention/output": (3, 31, 2, 16),
         "layers/attention/query_norm": (3, 16),
         "layers/attention/key_norm": (3, 16),
         "layers/mlp_norm/scale": (3, 31),
-        "layers/mlp/gate": (3, 31, 24),
-        "layers/mlp/up": (3, 31, 24),
-        "layers/mlp/down": (3, 24, 31),
+        "layers/mlp/gate": (3, 24, 31),
+        "layers/mlp/up": (3, 24, 31),
+        "layers/mlp/down": (3, 31, 24),
         "final_norm/scale": (31,),
-        "lm_head": (31, 63),
+        "lm_head": (63, 31),
     }
     mesh = make_mesh(MeshSection(fsdp=2, tensor=2))
     assert kept_whole(param_specs(odd), mesh) == [
@@ -136,7 +136,7 @@ def test_every_expert_is_split_as_an_mlp_is():
     shapes = shard_shapes(dataclasses.replace(CONFIG, moe=moe), data=2, fsdp=2, tensor=2)
     experts = {path: shape for path, shape in shapes.items() if path.startswith("layers/moe/")}
     assert experts == {
-        "layers/moe/router": (3, 16, 6),
+        "layers/moe/router": (3, 6, 16),
         "layers/moe/gate": (3, 6, 16, 12),
         "layers/moe/up": (3, 6, 16, 12),
         "layers/moe/down": (3, 6, 12, 16),
@@ -147,11 +147,11 @@ def test_experts_are_split_over_their_axis_and_all_else_over_fsdp_and_expert():
     moe = MoeConfig(6, 2, 24, True, "qwen3")
     config = dataclasses.replace(CONFIG, moe=moe)
     shapes = shard_shapes(config, fsdp=2, expert=2, tensor=2)
-    assert shapes["layers/moe/router"] == (3, 8, 6)
+    assert shapes["layers/moe/router"] == (3, 6, 8)
     assert shapes["layers/moe/gate"] == shapes["layers/moe/up"] == (3, 3, 16, 12)
     assert shapes["layers/moe/down"] == (3, 3, 12, 16)
     assert shapes["embed"] == (32, 8)
-    assert shapes["layers/attention/output"] == (3, 2, 16, 8)
+    assert shapes["layers/attention/output"] == (3, 8, 2, 16)
     assert shapes["final_norm/scale"] == (8,)
 
 

@@ -189,7 +189,7 @@ def test_a_mesh_of_data_fsdp_and_tensor_gives_the_same_logits(directory, loaded)
     mesh = make_mesh(SPLIT)
     policy, params = load(directory, mesh)
     query = params["layers"]["attention"]["query"]
-    assert query.addressable_shards[0].data.shape == (2, 32 // 2, 4 // 2, 16)
+    assert query.addressable_shards[0].data.shape == (2, 4 // 2, 16, 32 // 2)
     rows = jax.device_put(np.repeat(TOKENS_BT, 2, axis=0), NamedSharding(mesh, P(("data", "fsdp"))))
     expected_BTV = run(*loaded)
     rounding = 1e-5 * np.abs(expected_BTV).max()

@@ -204,7 +204,7 @@ def test_two_leaves_of_one_name_are_refused():
 
 def test_parts_that_differ_in_width_are_refused():
     specs = TABLES["fused"]
-    narrow = (3, 9, *specs[("layers", "attention", "key")].shape[2:])
+    narrow = (*specs[("layers", "attention", "key")].shape[:3], 9)
     with pytest.raises(ValueError, match="differ in shape"):
         hf_tensors(changed(specs, "key", shape=narrow))
 
@@ -252,13 +252,13 @@ def test_matrices_are_output_by_input_with_heads_outermost():
     output, o_proj = both("layers", "attention", "output")
     query_bias, q_bias = both("layers", "attention", "query_bias")
     for n, h, i, d in itertools.product(layers, heads, size, hidden):
-        assert q_proj[n, h * 8 + i, d] == query[n, d, h, i]
-        assert o_proj[n, d, h * 8 + i] == output[n, h, i, d]
+        assert q_proj[n, h * 8 + i, d] == query[n, h, i, d]
+        assert o_proj[n, d, h * 8 + i] == output[n, d, h, i]
         assert q_bias[n, h * 8 + i] == query_bias[n, h, i]
     gate, gate_proj = both("layers", "mlp", "gate")
-    np.testing.assert_array_equal(gate_proj, gate.transpose(0, 2, 1))
+    np.testing.assert_array_equal(gate_proj, gate)
     lm_head, head = both("lm_head")
-    np.testing.assert_array_equal(head, lm_head.T)
+    np.testing.assert_array_equal(head, lm_head)
     embed, table = both("embed")
     np.testing.assert_array_equal(table, embed)
     spec = TABLES["norms_after"][("layers", "attention", "key_norm")]
@@ -343,10 +343,10 @@ def test_an_adapter_is_split_as_the_matrix_that_it_adapts():
     specs = lora_specs(PLAIN, LoraConfig(3, 6.0, ("q_proj", "o_proj")))
     axes = {path[-1]: spec.axes for path, spec in specs.items()}
     assert axes == {
-        "q_proj_lora_a": ("layers", "embed", "rank"),
-        "query_lora_b": ("layers", "rank", "heads", "head_dim"),
-        "o_proj_lora_a": ("layers", "heads", "head_dim", "rank"),
-        "output_lora_b": ("layers", "rank", "embed"),
+        "q_proj_lora_a": ("layers", "rank", "embed"),
+        "query_lora_b": ("layers", "heads", "head_dim", "rank"),
+        "o_proj_lora_a": ("layers", "rank", "heads", "head_dim"),
+        "output_lora_b": ("layers", "embed", "rank"),
     }
     assert {spec.init for path, spec in specs.items() if path[-1].endswith("_a")} == {"lora_a"}
     assert {spec.init for path, spec in specs.items() if path[-1].endswith("_b")} == {"zeros"}

@@ -505,16 +505,16 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks_of_logits(config):
 
     policy = Alike(config, jnp.bfloat16, mesh=make_mesh(MeshSection(fsdp=8)))
     D, V = config.hidden_size, config.vocab_size
-    head_DV = jnp.sin(jnp.arange(D * V, dtype=jnp.float32)).reshape(D, V)
+    head_VD = jnp.sin(jnp.arange(D * V, dtype=jnp.float32)).reshape(V, D)
 
     def gradient(tokens):
         batch = TrainBatch(*[np.ones((8, tokens), np.int32)] * len(TrainBatch._fields))
 
-        def total(head_DV):
-            params = {"embed": head_DV.T, "lm_head": head_DV}
+        def total(head_VD):
+            params = {"embed": head_VD, "lm_head": head_VD}
             return score_sampled(policy, params, batch, 1.0, 8, 8)[0].sum()
 
-        return jax.jit(jax.grad(total))(head_DV)
+        return jax.jit(jax.grad(total))(head_VD)
 
     one, many = gradient(2) / 2, gradient(512)
     np.testing.assert_allclose(many, 512 * one, rtol=0.01, atol=1e-3 * np.abs(many).max())

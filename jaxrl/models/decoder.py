@@ -93,7 +93,7 @@ class Context(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """x W, plus a bias and a low-rank adapter where the leaves have them."""
+    """W x, plus a bias and a low-rank adapter where the leaves have them."""
 
     def __init__(
         self, leaves: dict[str, Any], name: str, dtype: Any, inputs: int = 1, scale: float = 0.0
@@ -382,15 +382,16 @@ class Policy(NamedTuple):
         return self.unembed_by(self.head(params), hidden)
 
     def head(self, params: Params) -> jax.Array:
-        """[D, V], in the compute dtype."""
-        head_DV = params["embed"].T if self.config.tied_embeddings else params["lm_head"]
-        return head_DV.astype(self.compute_dtype)
+        """[V, D], in the compute dtype."""
+        return params["embed" if self.config.tied_embeddings else "lm_head"].astype(
+            self.compute_dtype
+        )
 
-    def unembed_by(self, head_DV: jax.Array, hidden: jax.Array) -> jax.Array:
+    def unembed_by(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """`unembed` with a head of any dtype, which is rounded to the compute dtype."""
         c = self.config
         with jax.named_scope("logits"):
-            logits = project(hidden, head_DV.astype(self.compute_dtype), dtype=jnp.float32)
+            logits = project(hidden, head_VD.astype(self.compute_dtype), dtype=jnp.float32)
             if c.logit_divisor != 1.0:
                 logits = logits / c.logit_divisor
             if c.logit_softcap is not None:
@@ -435,7 +436,7 @@ def init_params(specs: dict[Path, ParamSpec], key: jax.Array) -> Params:
         if spec.init == "ones":
             return jnp.ones(spec.shape, jnp.float32)
         if spec.init == "lora_a":
-            bound = math.prod(spec.shape[spec.stack : -1]) ** -0.5
+            bound = math.prod(spec.shape[spec.stack + 1 :]) ** -0.5
             return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
         return 0.02 * jax.random.normal(key, spec.shape, jnp.float32)
 
@@ -489,14 +490,17 @@ def gated(gate: jax.Array, up: jax.Array, kind: str) -> jax.Array:
 
 
 def project(x: jax.Array, w: jax.Array, inputs: int = 1, dtype: Any = None) -> jax.Array:
-    """Contracts the last `inputs` axes of `x` with the first `inputs` axes of `w`.
+    """Contracts the last `inputs` axes of `x` with the last `inputs` axes of `w`.
 
     As a product of two matrices: XLA's CPU backend takes twice as long for the gradient of `w` when
     the rows it sums over are two axes (batch and tokens) and not one.
     """
-    rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
-    size = math.prod(w.shape[:inputs])
-    y = jnp.matmul(x.reshape(-1, size), w.reshape(size, -1), preferred_element_type=dtype)
+    rows, outputs = x.shape[: x.ndim - inputs], w.shape[: w.ndim - inputs]
+    size = math.prod(x.shape[x.ndim - inputs :])
+    both = (((1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(
+        x.reshape(-1, size), w.reshape(-1, size), both, preferred_element_type=dtype
+    )
     return y.reshape(*rows, *outputs)
 
 

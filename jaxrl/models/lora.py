@@ -22,7 +22,7 @@ def with_adapters(frozen: dict[str, Any], adapters: dict[str, Any]) -> dict[str,
 
 
 def merged_params(specs: dict[Path, ParamSpec], lora: LoraConfig, params: Any) -> Any:
-    """Float32 weights W + alpha / rank * A B in the tree of `specs`; others as they are.
+    """Float32 weights W + alpha / rank * B A in the tree of `specs`; others as they are.
 
     Args:
       params: frozen weights and adapters in one tree, as `with_adapters` makes it.
@@ -35,9 +35,9 @@ def merged_params(specs: dict[Path, ParamSpec], lora: LoraConfig, params: Any) -
         if lora_b is not None:
             assert spec.inputs
             lora_a = node[f"{spec.module}_lora_a"]
-            layers, rank = lora_b.shape[:2]
-            # Of each layer [inputs, rank] times [rank, outputs].
-            change = lora_a.reshape(layers, -1, rank) @ lora_b.reshape(layers, rank, -1)
+            layers, rank = lora_a.shape[:2]
+            # Of each layer [outputs, rank] times [rank, inputs].
+            change = lora_b.reshape(layers, -1, rank) @ lora_a.reshape(layers, rank, -1)
             weight = weight + lora.scale * change.reshape(weight.shape)
         leaves[path] = weight
     return tree_of(leaves)

@@ -6,7 +6,8 @@ cannot disagree. No jax, no torch: `bridge.names` reads the table in either half
 A leaf that every layer has is stacked: its first axis is `layers`, and the decoder scans over it.
 Logical axes (`mesh.RULES` maps them to mesh axes):
 
-    layers   vocab   embed (hidden size)   heads   kv_heads   head_dim   mlp   experts   rank (LoRA)
+    layers   vocab   embed (hidden size)   heads   kv_heads   head_dim   mlp   experts
+    choices (the outputs of a router, one for each expert)   rank (of LoRA)
 """
 
 import dataclasses
@@ -25,10 +26,11 @@ class ParamSpec:
 
     `hf_name` is the Hugging Face tensor that it fills; `{layer}` and `{expert}` stand where a
     stacked leaf has one tensor for each index of its leading `stack` axes. `inputs` says how the
-    axes behind those make a torch Linear's [out, in] matrix: the number of leading ones that are
-    inputs; 0 makes the vector [out] of a bias; None leaves the layout as it is. `row` is the first
-    row of the Hugging Face tensor that the leaf fills, where several leaves share one (a fused
-    projection); together they must tile it.
+    axes behind those make a torch Linear's [out, in] matrix: the last so many are its inputs; 0
+    makes the vector [out] of a bias; None leaves the layout as it is. `inputs_first`: they are the
+    first so many instead, and the matrix is transposed. `row` is the first row of the Hugging Face
+    tensor that the leaf fills, where several leaves share one (a fused projection); together they
+    must tile it.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +39,12 @@ class ParamSpec:
     hf_name: str
     inputs: int | None = None
     row: int = 0
+    inputs_first: bool = False
+
+    @property
+    def first_output(self) -> int:
+        """The axis along which the rows of the Hugging Face matrix are counted."""
+        return self.stack + ((self.inputs or 0) if self.inputs_first else 0)
 
     @property
     def stack(self) -> int:
@@ -61,7 +69,7 @@ def param_specs(c: DecoderConfig) -> dict[Path, ParamSpec]:
         table.experts()
     table.norm("final_norm/scale", "embed", "model.norm.weight")
     if not c.tied_embeddings:
-        table.add("lm_head", "embed vocab", "lm_head.weight", inputs=1)
+        table.add("lm_head", "vocab embed", "lm_head.weight", inputs=1)
     return table.specs
 
 
@@ -71,9 +79,9 @@ def trained_specs(c: DecoderConfig, lora: LoraConfig | None) -> dict[Path, Param
 
 
 def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
-    """The adapter leaves: for each target W [in, out] a pair A [in, rank] and B [rank, out].
+    """The adapter leaves: for each target W [out, in] a pair A [rank, in] and B [out, rank].
 
-    W + alpha / rank * A B (Hu et al. 2021, arXiv:2106.09685). B starts as zeros, so that training
+    W + alpha / rank * B A (Hu et al. 2021, arXiv:2106.09685). B starts as zeros, so that training
     starts from the model as it is. Names are those of PEFT.
 
     Raises:
@@ -83,7 +91,7 @@ def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
     linear = {
         path: spec
         for path, spec in param_specs(c).items()
-        if spec.inputs and "{layer}" in spec.hf_name and "experts" not in spec.axes
+        if spec.inputs and "layers" in spec.axes and not {"experts", "choices"} & set(spec.axes)
     }
     known = {spec.module for spec in linear.values()}
     targets = known if lora.targets == ("all-linear",) else set(lora.targets)
@@ -98,19 +106,18 @@ def lora_specs(c: DecoderConfig, lora: LoraConfig) -> dict[Path, ParamSpec]:
             continue
         assert spec.inputs
         name = "base_model.model." + spec.hf_name.removesuffix(".weight")
-        into, out = 1 + spec.inputs, 1 + spec.inputs
-        layers, rank = spec.shape[0], lora.rank
+        into, layers, rank = len(spec.shape) - spec.inputs, spec.shape[0], lora.rank
         # The parts of a fused projection share one A, and their B tile one matrix.
         specs[(*path[:-1], f"{spec.module}_lora_a")] = ParamSpec(
-            (*spec.shape[:into], rank),
-            (*spec.axes[:into], "rank"),
+            (layers, rank, *spec.shape[into:]),
+            ("layers", "rank", *spec.axes[into:]),
             "lora_a",
             f"{name}.lora_A.weight",
             spec.inputs,
         )
         specs[(*path[:-1], f"{path[-1]}_lora_b")] = ParamSpec(
-            (layers, rank, *spec.shape[out:]),
-            ("layers", "rank", *spec.axes[out:]),
+            (*spec.shape[:into], rank),
+            (*spec.axes[:into], "rank"),
             "zeros",
             f"{name}.lora_B.weight",
             1,
@@ -151,6 +158,7 @@ class _Table:
             "head_dim": c.head_dim,
             "mlp": c.moe.intermediate_size if c.moe else c.intermediate_size,
             "experts": c.moe.num_experts if c.moe else 0,
+            "choices": c.moe.num_experts if c.moe else 0,
         }
 
     def add(
@@ -161,13 +169,16 @@ class _Table:
         inputs: int | None = None,
         init: Init = "normal",
         row: int = 0,
+        inputs_first: bool = False,
     ) -> None:
         names = tuple(axes.split())
         if names[0] == "layers":
             path, hf_name = f"layers/{path}", f"model.layers.{{layer}}.{hf_name}"
         shape = tuple(2 * self.sizes["mlp"] if n == "2mlp" else self.sizes[n] for n in names)
         names = tuple(name.removeprefix("2") for name in names)
-        self.specs[tuple(path.split("/"))] = ParamSpec(shape, names, init, hf_name, inputs, row)
+        self.specs[tuple(path.split("/"))] = ParamSpec(
+            shape, names, init, hf_name, inputs, row, inputs_first
+        )
 
     def norm(self, path: str, axes: str, hf_name: str, inputs: int | None = None) -> None:
         # Gemma scales by 1 + w.
@@ -176,7 +187,7 @@ class _Table:
     def linear(self, path: str, axes: str, module: str, inputs: int, bias: bool, row: int = 0):
         self.add(path, axes, f"{module}.weight", inputs, row=row)
         if bias:
-            outputs = " ".join(["layers", *axes.split()[1 + inputs :]])
+            outputs = " ".join(axes.split()[:-inputs])
             self.add(f"{path}_bias", outputs, f"{module}.bias", 0, "zeros", row)
 
     def attention(self) -> None:
@@ -185,7 +196,7 @@ class _Table:
             module = "qkv_proj" if c.fused_projections else f"{name[0]}_proj"
             self.linear(
                 f"attention/{name}",
-                f"layers embed {heads} head_dim",
+                f"layers {heads} head_dim embed",
                 f"self_attn.{module}",
                 1,
                 c.qkv_bias,
@@ -193,7 +204,7 @@ class _Table:
             )
             row += self.sizes[heads] * c.head_dim if c.fused_projections else 0
         self.linear(
-            "attention/output", "layers heads head_dim embed", "self_attn.o_proj", 2, c.output_bias
+            "attention/output", "layers embed heads head_dim", "self_attn.o_proj", 2, c.output_bias
         )
         if c.qk_norm == "head":
             self.norm("attention/query_norm", "layers head_dim", "self_attn.q_norm.weight")
@@ -226,15 +237,15 @@ class _Table:
         c, row = self.c, 0
         for name in ("gate", "up"):
             module = "gate_up_proj" if c.fused_projections else f"{name}_proj"
-            self.linear(f"mlp/{name}", "layers embed mlp", f"mlp.{module}", 1, c.mlp_bias, row)
+            self.linear(f"mlp/{name}", "layers mlp embed", f"mlp.{module}", 1, c.mlp_bias, row)
             row += c.intermediate_size if c.fused_projections else 0
-        self.linear("mlp/down", "layers mlp embed", "mlp.down_proj", 1, c.mlp_bias)
+        self.linear("mlp/down", "layers embed mlp", "mlp.down_proj", 1, c.mlp_bias)
 
     def experts(self) -> None:
         assert self.c.moe
         if self.c.moe.layout == "gpt_oss":
             # Matrices are [in, out] there, stacked over experts, gate and up interleaved.
-            self.linear("moe/router", "layers embed experts", "mlp.router", 1, True)
+            self.linear("moe/router", "layers choices embed", "mlp.router", 1, True)
             for name, hf in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
                 into, out = ("embed", "2mlp") if name == "gate_up" else ("mlp", "embed")
                 where = f"mlp.experts.{hf}"
@@ -245,8 +256,9 @@ class _Table:
             "qwen3": ("mlp", ("gate_proj", "up_proj", "down_proj")),
             "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
         }[self.c.moe.layout]
-        self.add("moe/router", "layers embed experts", f"{block}.gate.weight", 1)
+        self.add("moe/router", "layers choices embed", f"{block}.gate.weight", 1)
         for name, hf in zip(("gate", "up", "down"), names, strict=True):
             axes = "mlp embed" if name == "down" else "embed mlp"
             where = f"{block}.experts.{{expert}}.{hf}.weight"
-            self.add(f"moe/{name}", f"layers experts {axes}", where, 1)
+            # Kernels for grouped products want [in, out].
+            self.add(f"moe/{name}", f"layers experts {axes}", where, 1, inputs_first=True)

@@ -28,23 +28,27 @@ L, D, H, K, F, V, E = 2, 8, 4, 2, 12, 10, 4
 AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 
-def row(shape, axes, name, inputs=None, start=0):
+def row(shape, axes, name, inputs=None, start=0, inputs_first=False):
     name = name if "." in name else f"{name}.weight"
-    return ParamSpec(shape, tuple(axes.split()), "normal", name, inputs, start)
+    return ParamSpec(shape, tuple(axes.split()), "normal", name, inputs, start, inputs_first)
 
 
 SPECS = {
     ("embed",): row((V, D), "vocab embed", "embed"),
-    ("layers", "q"): row((L, D, H, K), "layers embed heads head_dim", "l.{layer}.qkv", 1),
-    ("layers", "k"): row((L, D, 2, K), "layers embed kv_heads head_dim", "l.{layer}.qkv", 1, H * K),
-    ("layers", "v"): row((L, D, 2, K), "layers embed kv_heads head_dim", "l.{layer}.qkv", 1, 12),
+    ("layers", "q"): row((L, H, K, D), "layers heads head_dim embed", "l.{layer}.qkv", 1),
+    ("layers", "k"): row((L, 2, K, D), "layers kv_heads head_dim embed", "l.{layer}.qkv", 1, H * K),
+    ("layers", "v"): row((L, 2, K, D), "layers kv_heads head_dim embed", "l.{layer}.qkv", 1, 12),
     ("layers", "bias"): row((L, H, K), "layers heads head_dim", "l.{layer}.q_bias", 0),
-    ("layers", "o"): row((L, H, K, D), "layers heads head_dim embed", "l.{layer}.o", 2),
-    ("layers", "up"): row((L, E, D, F), "layers experts embed mlp", "l.{layer}.e.{expert}.up", 1),
-    ("layers", "down"): row((L, E, F, D), "layers experts mlp embed", "l.{layer}.e.{expert}.d", 1),
+    ("layers", "o"): row((L, D, H, K), "layers embed heads head_dim", "l.{layer}.o", 2),
+    ("layers", "up"): row(
+        (L, E, D, F), "layers experts embed mlp", "l.{layer}.e.{expert}.up", 1, inputs_first=True
+    ),
+    ("layers", "down"): row(
+        (L, E, F, D), "layers experts mlp embed", "l.{layer}.e.{expert}.d", 1, inputs_first=True
+    ),
     ("layers", "fused"): row((L, E, D, F), "layers experts embed mlp", "l.{layer}.fused"),
     ("norm",): row((D,), "embed", "norm"),
-    ("head",): row((D, V), "embed vocab", "lm_head", 1),
+    ("head",): row((D, V), "embed vocab", "lm_head", 1, inputs_first=True),
 }
 SHAPES = {"embed.weight": (V, D), "norm.weight": (D,), "lm_head.weight": (V, D)}
 for _l in range(L):
@@ -125,17 +129,17 @@ def expected(weights, dtype):
     w = {name: value.astype(dtype) for name, value in weights.items()}
     each = range(L)
     qkv = np.stack([w[f"l.{i}.qkv"] for i in each])
-    q, k, v = (qkv[:, a:b].swapaxes(1, 2) for a, b in ((0, 8), (8, 12), (12, 16)))
+    q, k, v = (qkv[:, a:b] for a, b in ((0, 8), (8, 12), (12, 16)))
     return {
         "embed": w["embed.weight"],
         "norm": w["norm.weight"],
         "head": w["lm_head.weight"].T,
         "layers": {
-            "q": q.reshape(L, D, H, K),
-            "k": k.reshape(L, D, 2, K),
-            "v": v.reshape(L, D, 2, K),
+            "q": q.reshape(L, H, K, D),
+            "k": k.reshape(L, 2, K, D),
+            "v": v.reshape(L, 2, K, D),
             "bias": np.stack([w[f"l.{i}.q_bias"].reshape(H, K) for i in each]),
-            "o": np.stack([w[f"l.{i}.o"].T.reshape(H, K, D) for i in each]),
+            "o": np.stack([w[f"l.{i}.o"].reshape(D, H, K) for i in each]),
             "up": np.stack([[w[f"l.{i}.e.{e}.up"].T for e in range(E)] for i in each]),
             "down": np.stack([[w[f"l.{i}.e.{e}.d"].T for e in range(E)] for i in each]),
             "fused": np.stack([w[f"l.{i}.fused"] for i in each]),
@@ -625,9 +629,9 @@ def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-specs = {("w",): ParamSpec((12, 2048, 6144), ("layers", "embed", "mlp"), "normal", "l.{layer}", 1)}
+specs = {("w",): ParamSpec((12, 6144, 2048), ("layers", "mlp", "embed"), "normal", "l.{layer}", 1)}
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-places = {"w": NamedSharding(mesh, P(None, "fsdp", "tensor"))}
+places = {"w": NamedSharding(mesh, P(None, "tensor", "fsdp"))}
 jax.block_until_ready(jnp.zeros(8) + 1)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
 before = status("VmRSS")

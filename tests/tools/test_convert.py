@@ -274,7 +274,7 @@ def test_a_model_that_moved_can_be_pointed_to(model, source, tmp_path, capsys):
 def test_another_model_is_refused_with_the_arrays_that_do_not_fit(trained_run, tmp_path, capsys):
     other = save_reference(make_reference(num_hidden_layers=1), tmp_path / "other")
     error = run(capsys, "jax2hf", trained_run, tmp_path / "hf", "--model", other, code=2)
-    assert "params/layers/attention/query: has shape [2, 32, 4, 16], the model has [1, " in error
+    assert "params/layers/attention/query: has shape [2, 4, 16, 32], the model has [1, " in error
     assert not (tmp_path / "hf").exists()
 
 
@@ -285,8 +285,8 @@ def adapters(seed: int = 0) -> dict:
     """Of q_proj and down_proj of `make_reference`, as the trainer lays them out."""
     rng = np.random.default_rng(seed)
     shapes = {
-        "attention": {"q_proj_lora_a": (2, 32, RANK), "query_lora_b": (2, RANK, 4, 16)},
-        "mlp": {"down_proj_lora_a": (2, 48, RANK), "down_lora_b": (2, RANK, 32)},
+        "attention": {"q_proj_lora_a": (2, RANK, 32), "query_lora_b": (2, 4, 16, RANK)},
+        "mlp": {"down_proj_lora_a": (2, RANK, 48), "down_lora_b": (2, 32, RANK)},
     }
     return {
         "layers": {
@@ -323,8 +323,8 @@ def test_merged_is_base_plus_scaled_product(adapted_run, base, tmp_path, capsys)
             ("self_attn.q_proj", "attention", "q_proj_lora_a", "query_lora_b"),
             ("mlp.down_proj", "mlp", "down_proj_lora_a", "down_lora_b"),
         ):
-            lora_a, lora_b = layers[block][a][i], layers[block][b][i].reshape(RANK, -1)
-            expected[f"model.layers.{i}.{name}.weight"] += ALPHA / RANK * (lora_a @ lora_b).T
+            lora_a, lora_b = layers[block][a][i], layers[block][b][i].reshape(-1, RANK)
+            expected[f"model.layers.{i}.{name}.weight"] += ALPHA / RANK * lora_b @ lora_a
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-5, err_msg=name)
@@ -341,8 +341,8 @@ def test_an_adapter_directory_has_the_names_of_peft(adapted_run, base, tmp_path,
             ("mlp.down_proj", "mlp", "down_proj_lora_a", "down_lora_b"),
         ):
             prefix = f"base_model.model.model.layers.{i}.{module}"
-            expected[f"{prefix}.lora_A.weight"] = layers[block][a][i].T
-            expected[f"{prefix}.lora_B.weight"] = layers[block][b][i].reshape(RANK, -1).T
+            expected[f"{prefix}.lora_A.weight"] = layers[block][a][i]
+            expected[f"{prefix}.lora_B.weight"] = layers[block][b][i].reshape(-1, RANK)
     found = values(target)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -247,7 +247,7 @@ def test_a_run_its_checkpoints_and_one_checkpoint(run_directory, capsys):
             "step": 4,
         }
     lines = {line["name"]: line for line in report(capsys, run_directory, "--tensors")["tree"]}
-    assert lines["params/layers/attention/query"]["shape"] == [2, 32, 4, 16]
+    assert lines["params/layers/attention/query"]["shape"] == [2, 4, 16, 32]
     leaf = params_of(make_reference())["layers"]["attention"]["query"]
     expected = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     assert lines["params/layers/attention/query"]["sha256"] == expected
@@ -292,8 +292,8 @@ def test_two_checkpoints_are_compared_array_by_array(jax_directory, run_director
 
 def test_adapters_are_compared_with_adapters_and_else_merged(source, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    lora_a = rng.normal(size=(2, 32, 3)).astype(np.float32)
-    lora_b = rng.normal(size=(2, 3, 4, 16)).astype(np.float32)
+    lora_a = rng.normal(size=(2, 3, 32)).astype(np.float32)
+    lora_b = rng.normal(size=(2, 4, 16, 3)).astype(np.float32)
     tree = {"layers": {"attention": {"q_proj_lora_a": lora_a, "query_lora_b": lora_b}}}
     base = save_reference(make_reference().bfloat16(), tmp_path / "base")
     lora = {"rank": 3, "alpha": 6.0, "targets": ["q_proj"]}
@@ -301,10 +301,8 @@ def test_adapters_are_compared_with_adapters_and_else_merged(source, tmp_path, c
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"params": _jax(tree)}, host, keep=1)
 
     prefix = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
-    adapter = {prefix.format(i, "A"): torch.tensor(lora_a[i].T.copy()) for i in range(2)}
-    adapter |= {
-        prefix.format(i, "B"): torch.tensor(lora_b[i].reshape(3, 64).T.copy()) for i in range(2)
-    }
+    adapter = {prefix.format(i, "A"): torch.tensor(lora_a[i]) for i in range(2)}
+    adapter |= {prefix.format(i, "B"): torch.tensor(lora_b[i].reshape(64, 3)) for i in range(2)}
     (tmp_path / "adapter").mkdir()
     save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

@@ -8,6 +8,7 @@
     python -m tools.bench sampler     the in-process engine beside one vLLM engine
     python -m tools.bench convert     files -> sharded parameters, and tensors -> files
     python -m tools.bench publish     parameters -> both channels -> staged in --workers
+    python -m tools.bench load        a version -> a vLLM engine, beside vLLM's reload of its own
     python -m tools.bench delta       what changed in a tensor: compared, packed, applied, merged
 
 The first four do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
@@ -31,7 +32,7 @@ def main() -> int:
         prog="python -m tools.bench", description="Times a step of GRPO and its parts here"
     )
     add = parser.add_argument
-    add("what", choices=[*FIXED, "update", "sampler", "convert", "publish", "delta"])
+    add("what", choices=[*FIXED, "update", "sampler", "convert", "publish", "load", "delta"])
     add("--size", choices=["s", "m"], default="s", help="s: 4 layers of 256; m: 8 layers of 512")
     add("--prompts", type=_count, default=8)
     add("--prompt-tokens", type=_count, default=16)
@@ -40,7 +41,11 @@ def main() -> int:
     add("--ragged", action="store_true", help="completions of 1 to --new tokens")
     add("--repeat", type=_count, default=7, help="measurements, after one to warm up")
     add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    add("--gigabytes", type=float, help="of bfloat16 weights; convert: 4, publish: 1, delta: 0.5")
+    add(
+        "--gigabytes",
+        type=float,
+        help="of bfloat16 weights; convert: 4, publish and load: 1, delta: 0.5",
+    )
     add("--workers", type=_count, default=1, help="publish: that stage each version")
     add("--files", type=_count, default=4, help="convert: that hold the weights")
     add("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
@@ -57,6 +62,11 @@ def main() -> int:
             from tools.bench.publish import bench_publish
 
             bench_publish(options.gigabytes or 1, options.workers, options.repeat)
+            return 0
+        if options.what == "load":
+            from tools.bench.load import bench_load
+
+            bench_load(options.gigabytes or 1, options.repeat)
             return 0
         if options.what not in FIXED:
             from tools.bench import parts

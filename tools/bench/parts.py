@@ -53,7 +53,7 @@ def bench_update() -> None:
 
     def einsum(x, w, inputs=1, dtype=None):
         """`decoder.project` as one contraction of the unflattened axes."""
-        y = jnp.tensordot(x, w, axes=(tuple(range(-inputs, 0)), tuple(range(inputs))))
+        y = jnp.tensordot(x, w, axes=[tuple(range(-inputs, 0))] * 2)
         return y if dtype is None else y.astype(dtype)
 
     def gradient(remat: str, project: Callable) -> Callable[[], Any]:

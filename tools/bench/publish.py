@@ -1,7 +1,7 @@
 """A publish without engines: parameters on the device -> staged and verified in workers."""
 
-import dataclasses
 import functools
+import json
 import logging
 import os
 import statistics
@@ -24,10 +24,22 @@ from bridge.publisher import ship
 from bridge.wire import Base, HostTensor, Manifest, manifest_of
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import init_params
-from jaxrl.models.params import param_specs
+from jaxrl.models.params import ParamSpec, param_specs
+from jaxrl.models.params import Path as ParamPath
 from jaxrl.types import RunError
 
 DTYPE = "bfloat16"
+_DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
+_QWEN3 = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32768,
+    "max_position_embeddings": 4096,
+}
 
 
 class Worker:
@@ -52,23 +64,17 @@ class Worker:
         return self._staged.digest
 
 
-def model(gigabytes: float) -> DecoderConfig:
-    """Qwen3-0.6B's layers, as many as make so many GB of bfloat16."""
-    shape = {"hidden_size": 1024, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
-    demo = load_config(Path(__file__).parents[2] / "configs" / "tiny_policy")
-    one = dataclasses.replace(
-        demo,
-        **shape,
-        intermediate_size=3072,
-        vocab_size=32768,
-        qk_norm="head",
-        tied_embeddings=True,
-        num_layers=1,
-    )
-    layer = sum(_size(s) for path, s in param_specs(one).items() if path[0] == "layers")
-    rest = sum(_size(s) for path, s in param_specs(one).items() if path[0] != "layers")
+def make_model(folder: Path, gigabytes: float) -> DecoderConfig:
+    """Writes a config.json: Qwen3-0.6B's layers, as many as make so many GB of bfloat16."""
+    settings = json.loads((_DEMO / "config.json").read_text()) | _QWEN3
+    file = folder / "config.json"
+    file.write_text(json.dumps(settings))
+    specs = param_specs(load_config(folder))
+    layer = sum(_size(spec) for path, spec in specs.items() if path[0] == "layers")
+    rest = sum(_size(spec) for path, spec in specs.items() if path[0] != "layers")
     layers = max(1, round((gigabytes * 1e9 / 2 - rest) / layer))
-    return dataclasses.replace(one, num_layers=layers)
+    file.write_text(json.dumps(settings | {"num_hidden_layers": layers}))
+    return load_config(folder)
 
 
 def _size(spec: Any) -> int:
@@ -77,24 +83,26 @@ def _size(spec: Any) -> int:
 
 def bench_publish(gigabytes: float, workers: int, repeat: int = 5) -> None:
     """Prints seconds and GB/s by phase, for both channels, beside a plain copy of the bytes."""
-    specs = param_specs(model(gigabytes))
-    make = jax.jit(functools.partial(init_params, specs))
-    moved = jax.jit(functools.partial(_moved, 0.01))
-    one = make(jax.random.key(0))
-    states = [one, moved(one, jax.random.key(1))]
-    exporter = Exporter(specs, DTYPE)
+    with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
+        specs = param_specs(make_model(Path(folder), gigabytes))
+    states = two_states(specs)
+    one, exporter = states[0], Exporter(specs, DTYPE)
     nbytes = exporter.nbytes
     print(f"{nbytes / 1e9:.2f} GB of {DTYPE} in {len(exporter.plan)} buckets, {workers} workers")
-    copy = _plain_copy(nbytes)
-    pairs = [
-        (_timed(copy), _timed(lambda: _drain(exporter.groups(one)))) for _ in range(repeat + 1)
-    ]
+    copy = plain_copy(nbytes)
+    pairs = [(timed(copy), timed(lambda: _drain(exporter.groups(one)))) for _ in range(repeat + 1)]
     copies, exports = zip(*pairs[1:], strict=True)
-    _line("export alone", exports, nbytes, copies)
+    line("export alone", exports, nbytes, copies)
     with _cluster(nbytes, workers) as actors:
         for name in ("object_store", "shuttle"):
             with _channel(name) as channel:
                 _publishes(name, exporter, states, channel, actors, repeat, copy)
+
+
+def two_states(specs: dict[ParamPath, ParamSpec]) -> list[Any]:
+    """Random parameters, and the same with 1 % of the values changed."""
+    one = jax.jit(functools.partial(init_params, specs))(jax.random.key(0))
+    return [one, jax.jit(functools.partial(_moved, 0.01))(one, jax.random.key(1))]
 
 
 def _moved(share: float, params: Any, key: jax.Array) -> Any:
@@ -125,10 +133,10 @@ def _publishes(
         shares, copies = [], []
         for round_ in range(repeat + 2):
             version += 1
-            copies.append(_timed(copy))  # beside each version: the machine's speed drifts
+            copies.append(timed(copy))  # beside each version: the machine's speed drifts
             groups = exporter.groups(states[round_ % 2])
             start = time.perf_counter()
-            manifest, ticket = _send(
+            manifest, ticket = send(
                 iter(held) if label == "channel alone" else groups,
                 exporter,
                 channel,
@@ -144,7 +152,7 @@ def _publishes(
                 seconds[phase].append(taken)
         on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
         for phase, taken in seconds.items():  # two rounds to warm up
-            _line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copies[2:])
+            line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copies[2:])
 
 
 def _stage(actors: list[Any], ticket: str, digest: str) -> None:
@@ -155,7 +163,7 @@ def _stage(actors: list[Any], ticket: str, digest: str) -> None:
         raise RunError(f"published {digest}, and the workers found {found}")
 
 
-def _send(
+def send(
     groups: Iterator[list[HostTensor]],
     exporter: Exporter,
     channel: Channel,
@@ -207,7 +215,7 @@ def _channel(name: str) -> Iterator[Channel]:
     channel.close()
 
 
-def _plain_copy(nbytes: int) -> Callable[[], Any]:
+def plain_copy(nbytes: int) -> Callable[[], Any]:
     source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
     return lambda: np.copyto(target, source)
 
@@ -217,13 +225,13 @@ def _drain(groups: Iterator[list[HostTensor]]) -> None:
         pass
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _line(label: str, seconds: Sequence[float], nbytes: int, copies: Sequence[float]) -> None:
+def line(label: str, seconds: Sequence[float], nbytes: int, copies: Sequence[float]) -> None:
     """`copies`: seconds of a plain copy of the same bytes, measured in between."""
     median, copy = statistics.median(seconds), statistics.median(copies)
     rate = f"{nbytes / median / 1e9:6.2f} GB/s"

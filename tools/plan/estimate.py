@@ -66,7 +66,7 @@ def active_weights(path: LeafPath, spec: ParamSpec, decoder: DecoderConfig) -> i
     size = math.prod(spec.shape)
     if "norm" in "/".join(path) or path[-1].endswith("_bias") or path[-1] == "sinks":
         return 0
-    if decoder.moe is not None and "experts" in spec.axes and "router" not in path[-1]:
+    if decoder.moe is not None and "experts" in spec.axes:
         return size * decoder.moe.experts_per_token // decoder.moe.num_experts
     return size
 
