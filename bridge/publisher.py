@@ -167,7 +167,7 @@ class Publisher:
         try:
             base = encoder.base()
             shipped = self._carrier.ship(export, params, shipment, base, encoder.deltas)
-            manifest = manifest_of(version, shipped, base)
+            manifest = manifest_of(version, shipped, base, keep=encoder.deltas)
             ticket = shipment.finish(manifest)
         except BaseException:
             encoder.failed()

@@ -12,7 +12,7 @@ the list of its tensors' bytes, so that nothing is copied to make one.
 
 A tensor may also travel as its difference from the one in an earlier version, the base
 (`bridge.delta`). What its entry says of it is then said of the result, all but place and size; so
-the digest of a version does not depend on how it travelled.
+the digest of a version does not depend on how it travelled, nor on what the next may be.
 """
 
 import dataclasses
@@ -82,6 +82,7 @@ class Manifest:
     bucket_bytes: tuple[int, ...]
     digest: str
     base: Base | None = None  # None: nothing else is needed to have this version
+    keep: bool = False  # the next version may be a difference from this one
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +110,7 @@ class Manifest:
                 bucket_bytes=tuple(_count(size) for size in raw["bucket_bytes"]),
                 digest=str(raw["digest"]),
                 base=_base(raw["base"]),
+                keep=_flag(raw["keep"]),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise WireError(f"not a weight manifest: {error!r}") from error
@@ -204,8 +206,10 @@ def entries(
     return found, data
 
 
-def manifest_of(version: int, entries: Iterable[TensorEntry], base: Base | None = None) -> Manifest:
-    """Of the entries of all buckets.
+def manifest_of(
+    version: int, entries: Iterable[TensorEntry], base: Base | None = None, *, keep: bool = False
+) -> Manifest:
+    """Of the entries of all buckets; `keep`: the next version may be a difference from this one.
 
     Raises:
       WireError: they do not fill buckets 0, 1, 2, ... without a gap, or name a tensor twice.
@@ -214,7 +218,7 @@ def manifest_of(version: int, entries: Iterable[TensorEntry], base: Base | None 
     sizes = [0] * (ordered[-1].bucket + 1 if ordered else 0)
     for entry in ordered:
         sizes[entry.bucket] += entry.nbytes
-    manifest = Manifest(version, ordered, tuple(sizes), version_digest(ordered), base)
+    manifest = Manifest(version, ordered, tuple(sizes), version_digest(ordered), base, keep)
     manifest.check()
     return manifest
 
@@ -263,6 +267,12 @@ def sha256(data: np.ndarray) -> str:
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a non-negative integer")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
     return value
 
 

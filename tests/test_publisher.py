@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bridge.channels import Channel, ChannelError, Ticket
+from bridge.encoding import Encoder
 from bridge.publisher import Publisher, PublishError
 from bridge.wire import HostTensor, verify
 from jaxrl.types import RunError
@@ -336,6 +337,15 @@ def test_every_group_is_a_bucket_in_the_order_of_the_export():
         (name, index) for index, name in enumerate(NAMES)
     ]
     verify(manifest, data)
+
+
+@pytest.mark.parametrize("encoding", ["full", "delta"])
+def test_a_manifest_says_whether_the_next_version_may_be_a_difference_from_it(encoding):
+    _, fleet, _ = make(a=FakeEngine())
+    about = {"probe": PROBE, "probe_tolerance": TOLERANCE, "encoder": Encoder(encoding)}
+    Publisher(Export(), fleet.channel, fleet, model, **about, warn=print).publish(params(), 3)
+    manifest, _ = fleet.channel.versions[3]
+    assert manifest.keep == (encoding == "delta")
 
 
 @pytest.mark.parametrize("full_at", [0, 4, len(NAMES) - 1])

@@ -196,6 +196,11 @@ def honest() -> dict:
     return raw
 
 
+def test_what_the_next_version_may_be_is_no_part_of_the_digest():
+    kept = Manifest.from_json(json.dumps(honest() | {"keep": True}))
+    assert kept.keep and kept.digest == honest()["digest"]
+
+
 def test_the_honest_manifest_is_accepted_so_that_each_lie_is_refused_for_itself():
     assert Manifest.from_json(signed(honest())).version == 3
 
@@ -259,6 +264,8 @@ LIES = {
     "bucket size is infinite": top(bucket_bytes=[float("inf"), 16]),
     "bucket left out": top(bucket_bytes=[32]),
     "bucket nobody fills": top(bucket_bytes=[32, 16, 8]),
+    "keep is a number": top(keep=1),
+    "keep is text": top(keep="true"),
     "negative version": top(version=-1),
     "version is text": top(version="3"),
     "version is true": top(version=True),
