@@ -273,8 +273,8 @@ class PublishSection(Section):
     encoding: Literal["auto", "full", "delta"] = knob(
         "auto",
         "full: every version whole; delta: what changed since the last, without loss, and a copy "
-        "of a version in the trainer's memory and in each engine's; auto: full until a version "
-        "takes more than a second to reach the engines, at less than 2.5 GB/s",
+        "of a version in the trainer's memory and on each node of engines; auto: full until a "
+        "version takes more than a second to reach the engines, at less than 2.5 GB/s",
     )
     anchor_every: int = knob(
         16, "deltas after which a version is whole again", unit="versions", ge=1

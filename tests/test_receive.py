@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bridge import channels
 from bridge.channels import ChannelError, Ticket, live
 from bridge.channels.shuttle import ShuttleChannel
 from bridge.delta import DeltaError
@@ -30,13 +31,13 @@ SHAPES = {
 class Trainer:
     """Weights that move a little at every step, published one way or the other."""
 
-    def __init__(self, root: Path, encoding="delta", anchor_every=16, keep=2):
+    def __init__(self, root: Path, encoding="delta", anchor_every=16, keep=2, shapes=SHAPES):
         self.channel = ShuttleChannel(root, keep)
         self.encoder, self.shadow = Encoder(encoding, anchor_every), Shadow()
         self.rng = np.random.default_rng(0)
         self.weights = {
             name: self.rng.normal(size=shape).astype(dtype)
-            for name, (shape, dtype) in SHAPES.items()
+            for name, (shape, dtype) in shapes.items()
         }
         self.version = 0
 
@@ -53,9 +54,12 @@ class Trainer:
         self.version += 1
         base = self.encoder.base()
         self.shadow.begin(base, self.encoder.deltas)
-        groups = [tensors(self.weights, names) for names in (["norm", "w"], ["scalar"], REST)]
+        names = list(self.weights)
+        groups = [tensors(self.weights, some) for some in (names[:2], names[2:3], names[3:])]
         shipment = self.channel.begin(self.version, len(groups), 10_000)
-        self.manifest = manifest_of(self.version, ship(groups, shipment, self.shadow), base)
+        self.manifest = manifest_of(
+            self.version, ship(groups, shipment, self.shadow), base, keep=self.encoder.deltas
+        )
         ticket = shipment.finish(self.manifest)
         self.encoder.shipped(self.manifest)
         self.shadow.settle(Base(self.version, self.manifest.digest))
@@ -63,9 +67,6 @@ class Trainer:
 
     def bytes(self) -> dict[str, bytes]:
         return {name: array.tobytes() for name, array in self.weights.items()}
-
-
-REST = ["nothing", "still"]
 
 
 def tensors(weights, names) -> list[HostTensor]:
@@ -80,8 +81,8 @@ def tensors(weights, names) -> list[HostTensor]:
     ]
 
 
-def arrived(receiver: Receiver, ticket: Ticket) -> dict[str, bytes]:
-    found = receiver.receive(ticket, DEADLINE_S)
+def arrived(receiver: Receiver, ticket: Ticket, deadline_s=DEADLINE_S) -> dict[str, bytes]:
+    found = receiver.receive(ticket, deadline_s)
     names = [entry.name for entry in found.manifest.tensors]
     return {name: data.tobytes() for name, data in zip(names, found.data, strict=True)}
 
@@ -124,7 +125,7 @@ def test_a_tensor_that_changed_all_over_travels_whole(tmp_path):
 
 @pytest.mark.parametrize("missed", [1, 2, 7])
 def test_whoever_missed_versions_or_is_new_catches_up(tmp_path, missed):
-    trainer, late, new = Trainer(tmp_path), Receiver(), Receiver()
+    trainer, late, new = Trainer(tmp_path), Receiver(), Receiver(shared=False)
     arrived(late, trainer.publish())
     arrived(late, trainer.publish())
     for _ in range(missed):
@@ -152,7 +153,7 @@ def test_deltas_go_behind_a_new_anchor_at_once(tmp_path):
 
 def test_what_is_held_and_is_not_what_it_says_is_never_built_on(tmp_path):
     """Memory that was overwritten: found by the digest of the result, answered from the anchor."""
-    trainer, receiver = Trainer(tmp_path), Receiver()
+    trainer, receiver = Trainer(tmp_path), Receiver(shared=False)
     arrived(receiver, trainer.publish())
     held = receiver.receive(trainer.publish(), DEADLINE_S)
     (harmed,) = [d for e, d in zip(held.manifest.tensors, held.data, strict=True) if e.name == "w"]
@@ -200,6 +201,28 @@ def test_a_base_with_another_digest_is_not_taken(tmp_path):
     raw["base"]["digest"] = "0" * 64
     file.write_text(json.dumps(raw))
     with pytest.raises(ChannelError, match="version 1, digest 0000"):
+        Receiver().receive(ticket, DEADLINE_S)
+
+
+def test_a_delta_on_a_version_of_other_tensors_is_refused(tmp_path):
+    trainer = Trainer(tmp_path)
+    trainer.publish()
+    del trainer.weights["still"]
+    with pytest.raises(WireError, match="version 1: has other tensors"):
+        Receiver().receive(trainer.publish(), DEADLINE_S)
+
+
+@pytest.mark.parametrize("encoding", ["full", "delta"])
+@pytest.mark.parametrize("arrives", [0, 1, 383])
+def test_a_tensor_that_arrives_in_part_is_named(tmp_path, monkeypatch, encoding, arrives):
+    ticket, fetch = Trainer(tmp_path, encoding).publish(), channels.fetch
+
+    def cut(*args):
+        manifest, data = fetch(*args)
+        return manifest, [d[:arrives] if len(d) == 384 else d for d in data]
+
+    monkeypatch.setattr(channels, "fetch", cut)
+    with pytest.raises(WireError, match=f"'norm': {arrives} bytes arrived, promised are 384"):
         Receiver().receive(ticket, DEADLINE_S)
 
 

@@ -213,7 +213,7 @@ def _patched(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The tensors of a version that lies there as deltas, made as an engine makes them."""
     ticket = Ticket(shuttle.NAME, manifest.version, manifest.digest, str(path.absolute()))
     try:
-        received = Receiver().receive(ticket, deadline_s=0.0)
+        received = Receiver(shared=False).receive(ticket, deadline_s=0.0)
     except (ChannelError, DeltaError, WireError) as error:
         raise UserError(f"{path}: damaged, or a version it needs is: {error}") from None
 

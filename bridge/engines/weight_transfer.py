@@ -206,6 +206,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
             )
         finalize_layerwise_reload(model, self.model_config)
         _repack_tied_embeddings(model)
+        self._kept.release()
         self.loaded = staged.loaded(time.perf_counter() - started)
 
     def load_adapter(self, config: dict[str, Any]) -> None:
@@ -235,15 +236,18 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         manager.remove_adapter(ADAPTER_ID)
         manager.add_adapter(adapter)
         manager.activate_adapter(ADAPTER_ID)
+        self._kept.release()
         if staged is not None:
             self.loaded = staged.loaded(time.perf_counter() - started)
 
     def drop(self) -> None:
         """Forgets what is staged, and lets its memory go."""
         self._staged = self._prefetch = None
+        self._kept.release()
 
     def shutdown(self) -> None:
         self.drop()
+        self._kept.close()
 
 
 class BridgeWorker:

@@ -61,6 +61,7 @@ class Worker:
 
         self._receiver = self._receiver or Receiver(prove)
         self._staged = stage(self._receiver, Ticket.from_json(ticket), deadline_s)
+        self._receiver.release()  # as an engine does once it has loaded
         return self._staged.digest
 
 
@@ -174,7 +175,8 @@ def send(
     shipment = channel.begin(version, len(exporter.plan), exporter.nbytes)
     base = encoder.base()
     shadow.begin(base, encoder.deltas)
-    manifest = manifest_of(version, ship(groups, shipment, shadow), base)
+    shipped = ship(groups, shipment, shadow)
+    manifest = manifest_of(version, shipped, base, keep=encoder.deltas)
     ticket = shipment.finish(manifest)
     encoder.shipped(manifest)
     shadow.settle(Base(version, manifest.digest))
