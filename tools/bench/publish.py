@@ -4,8 +4,10 @@ import functools
 import json
 import logging
 import os
+import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from bridge.channels.shuttle import ShuttleChannel
 from bridge.encoding import Encoder, Shadow
 from bridge.export import Exporter
 from bridge.publisher import ship
-from bridge.wire import Base, HostTensor, Manifest, manifest_of
+from bridge.wire import Base, HostTensor, Manifest, entries, manifest_of
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import init_params
 from jaxrl.models.params import ParamSpec, param_specs
@@ -29,6 +31,7 @@ from jaxrl.models.params import Path as ParamPath
 from jaxrl.types import RunError
 
 DTYPE = "bfloat16"
+_SAMPLE_S = 0.01
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
 _QWEN3 = {
     "hidden_size": 1024,
@@ -52,6 +55,17 @@ class Worker:
         from bridge.engines import weight_transfer  # noqa: F401
 
         return os.getpid()
+
+    def map(self, ticket: str, deadline_s: float) -> None:
+        """Fetches a version, and does not look at it."""
+        from bridge import channels
+
+        self._mapped = channels.fetch(channels.Ticket.from_json(ticket), deadline_s)
+
+    def memory(self) -> int:
+        """Bytes that this process shares with no other."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
     def stage(self, ticket: str, deadline_s: float) -> str:
         """Fetches a version and hashes it; returns its digest."""
@@ -124,36 +138,90 @@ def _publishes(
     repeat: int,
     copy: Callable[[], Any],
 ) -> None:
-    """Full versions, then full ones that were exported before, then deltas."""
-    held = [list(group) for group in exporter.groups(states[0])]
-    version = 0
-    for label in ("full", "channel alone", "delta"):
+    """The channel alone, then full versions, then deltas."""
+    version = _channel_alone(name, exporter, states[0], channel, actors[0], repeat, copy)
+    for label in ("full", "delta"):
         encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
         shadow = Shadow()
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
-        shares, copies = [], []
-        for round_ in range(repeat + 2):
-            version += 1
-            copies.append(timed(copy))  # beside each version: the machine's speed drifts
-            groups = exporter.groups(states[round_ % 2])
-            start = time.perf_counter()
-            manifest, ticket = send(
-                iter(held) if label == "channel alone" else groups,
-                exporter,
-                channel,
-                encoder,
-                shadow,
-                version,
-            )
-            sent = time.perf_counter()
-            _stage(actors, ticket, manifest.digest)
-            end = time.perf_counter()
-            shares.append(manifest.nbytes / exporter.nbytes)
-            for phase, taken in zip(seconds, (sent - start, end - sent, end - start), strict=True):
-                seconds[phase].append(taken)
+        shares, copies, before, grown = [], [], _memory(actors), {}
+        with _peak(grown):
+            for round_ in range(repeat + 2):
+                version += 1
+                copies.append(timed(copy))  # beside each version: the machine's speed drifts
+                groups = exporter.groups(states[round_ % 2])
+                start = time.perf_counter()
+                manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
+                sent = time.perf_counter()
+                _stage(actors, ticket, manifest.digest)
+                end = time.perf_counter()
+                shares.append(manifest.nbytes / exporter.nbytes)
+                took = (sent - start, end - sent, end - start)
+                for phase, taken in zip(seconds, took, strict=True):
+                    seconds[phase].append(taken)
         on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
         for phase, taken in seconds.items():  # two rounds to warm up
             line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copies[2:])
+        grown |= {what: now - before[what] for what, now in _memory(actors).items()}
+        shown = (f"{what} {nbytes / exporter.nbytes:+.2f}" for what, nbytes in grown.items())
+        print(f"{name}, {label}: grown by, in versions: {', '.join(shown)}")
+
+
+def _channel_alone(
+    name: str,
+    exporter: Exporter,
+    state: Any,
+    channel: Channel,
+    actor: Any,
+    repeat: int,
+    copy: Callable[[], Any],
+) -> int:
+    """What was exported and hashed before, until one worker has it. Returns the last version."""
+    import ray
+
+    parts = [entries(i, group) for i, group in enumerate(exporter.groups(state))]
+    found = [entry for bucket, _ in parts for entry in bucket]
+    seconds, copies, version = [], [], 0
+    for version in range(1, repeat + 3):
+        copies.append(timed(copy))
+        manifest = manifest_of(version, found)
+        start = time.perf_counter()
+        ticket = channel.publish(manifest, [data for _, data in parts])
+        ray.get(actor.map.remote(ticket.to_json(), 60.0), timeout=120)
+        seconds.append(time.perf_counter() - start)
+    line(f"{name}, the channel alone", seconds[2:], exporter.nbytes, copies[2:])
+    return version
+
+
+def _memory(actors: list[Any]) -> dict[str, int]:
+    """Bytes: private ones of all workers, and shared memory in use."""
+    import ray
+
+    return {
+        "private to the workers": sum(ray.get([a.memory.remote() for a in actors], timeout=60)),
+        "shared by the node": shutil.disk_usage("/dev/shm").used,
+    }
+
+
+@contextmanager
+def _peak(of: dict[str, int]) -> Iterator[None]:
+    """Notes by how much this process's private memory grew at most meanwhile, bytes."""
+
+    def private() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    before, done = private(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_S):
+            of["trainer"] = max(of.get("trainer", 0), private() - before)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    yield
+    done.set()
+    watching.join()
 
 
 def _stage(actors: list[Any], ticket: str, digest: str) -> None:
