@@ -26,6 +26,7 @@ from jaxrl.types import RunError
 _FETCHERS = {
     "object_store": "bridge.channels.object_store",
     "shuttle": "bridge.channels.shuttle",
+    "cloud": "bridge.channels.cloud",
 }
 
 

@@ -17,9 +17,10 @@ import xxhash
 
 from bridge import channels, wire
 from bridge.channels import ChannelError, Ticket
+from bridge.channels.cloud import CloudChannel
 from bridge.channels.shuttle import ShuttleChannel
 
-CHANNELS = ["object_store", "shuttle"]
+CHANNELS = ["object_store", "shuttle", "memory", "s3"]
 DEADLINE_S = 5.0
 
 
@@ -27,6 +28,12 @@ DEADLINE_S = 5.0
 def channel(request, tmp_path):
     if request.param == "shuttle":
         yield ShuttleChannel(tmp_path / "shuttle", keep_versions=2)
+        return
+    if request.param == "memory":
+        yield CloudChannel(f"memory:/{tmp_path}", keep_versions=2)
+        return
+    if request.param == "s3":
+        yield CloudChannel(request.getfixturevalue("s3_url"), keep_versions=2)
         return
     request.getfixturevalue("ray_cluster")
     from bridge.channels.object_store import ObjectStoreChannel
