@@ -15,18 +15,24 @@ import itertools
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError
 
 from bridge.channels import Channel, ChannelError, Ticket, live
 from bridge.wire import Manifest, TensorEntry
 
 NAME = "object_store"
+_ATTEMPTS = 3  # to fetch
+_ATTEMPT_S = 1.0  # of the time that is left, at least, for one
+_PAUSE_S = 0.2  # before the next
+# What may be otherwise the next time: the network, or where Ray looks for an object.
+_TRANSIENT = (GetTimeoutError, ObjectLostError, ActorUnavailableError, ConnectionError)
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
 
 
@@ -174,27 +180,51 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
         gcs, name = str(address["gcs"]), str(address["shelf"])
     except (KeyError, TypeError, ValueError) as error:
         raise ChannelError(f"weight version {ticket.version}: malformed address") from error
-    try:
-        _join(gcs)
-        shelf = ray.get_actor(name, namespace=name)
-        refs, there = ray.get(shelf.take.remote(ticket.version), timeout=deadline_s)
-        if refs is None:
-            raise ChannelError(
-                f"weight version {ticket.version} is not in the object store any more: it holds "
-                f"versions {there}; keep more versions, or stage sooner"
-            )
-        text, *buckets = ray.get(refs, timeout=deadline_s)
-    except GetTimeoutError as error:
-        raise ChannelError(
-            f"weight version {ticket.version} did not arrive from the object store within "
-            f"{deadline_s:.3g} s; is the network between this node and the trainer's up?"
-        ) from error
-    except (ObjectLostError, RayError, ConnectionError, ValueError) as error:
-        raise ChannelError(
-            f"weight version {ticket.version} cannot be had from the object store at {gcs} within "
-            f"{deadline_s:.3g} s; the trainer that published it, or its node, is gone: {error}"
-        ) from error
+    end = time.monotonic() + deadline_s
+    attempt = 0
+    while True:
+        attempt += 1
+        left = max(0.0, end - time.monotonic())
+        share = max(_ATTEMPT_S, left / (_ATTEMPTS + 1 - attempt))
+        try:
+            text, *buckets = _get(ticket.version, gcs, name, min(left, share))
+            break
+        except (RayError, ConnectionError, ValueError) as error:
+            again = isinstance(error, _TRANSIENT) and attempt < _ATTEMPTS
+            if not again or time.monotonic() + _PAUSE_S >= end:
+                raise _explained(error, ticket.version, gcs, deadline_s, attempt) from error
+        time.sleep(_PAUSE_S)
     return Manifest.from_json(text), list(itertools.chain.from_iterable(buckets))
+
+
+def _get(version: int, gcs: str, name: str, timeout_s: float) -> list[Any]:
+    """The manifest's text, and what is in each bucket; what came for an attempt that timed out is
+    still on this node unless Ray needed its place."""
+    end = time.monotonic() + timeout_s
+    _join(gcs)
+    shelf = ray.get_actor(name, namespace=name)
+    refs, there = ray.get(shelf.take.remote(version), timeout=timeout_s)
+    if refs is None:
+        raise ChannelError(
+            f"weight version {version} is not in the object store any more: it holds versions "
+            f"{there}; keep more versions, or stage sooner"
+        )
+    return ray.get(refs, timeout=max(0.0, end - time.monotonic()))
+
+
+def _explained(
+    error: Exception, version: int, gcs: str, deadline_s: float, attempts: int
+) -> ChannelError:
+    tried = f"within {deadline_s:.3g} s, in {attempts} attempt{'s' if attempts > 1 else ''}"
+    if isinstance(error, GetTimeoutError):
+        return ChannelError(
+            f"weight version {version} did not arrive from the object store {tried}; is the "
+            "network between this node and the trainer's up?"
+        )
+    return ChannelError(
+        f"weight version {version} cannot be had from the object store at {gcs} {tried}; the "
+        f"trainer that published it, or its node, is gone: {error}"
+    )
 
 
 def address_of(address: str, version: int) -> str:
