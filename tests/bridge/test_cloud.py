@@ -90,6 +90,10 @@ def test_a_path_is_a_directory_and_a_url_an_object_storage(root):
     assert isinstance(open_shuttle(str(root), 2), ShuttleChannel)
     ticket = open_shuttle(f"file://{root}", 2).publish(*pack(1, version=1))
     assert (ticket.channel, ticket.address) == ("cloud", f"file://{root}/v00000001")
+    in_directory = Path(ShuttleChannel(root.parent / "other").publish(*pack(1, version=1)).address)
+    for path in in_directory.iterdir():
+        assert path.read_bytes() == (root / "v00000001" / path.name).read_bytes()
+    assert len(list(in_directory.iterdir())) == len(list((root / "v00000001").iterdir())) > 4
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -238,17 +242,19 @@ def test_an_empty_answer_is_an_error_that_names_the_object(faulty, root):
         channels.fetch(ticket, DEADLINE_S)
 
 
-def test_what_cannot_be_removed_does_not_spoil_a_publish(faulty, root):
+@pytest.mark.parametrize("what, stay", [("", [1, 2, 3, 4]), ("v00000001", [1, 3, 4])])
+def test_what_cannot_be_removed_does_not_spoil_a_publish(faulty, root, what, stay):
     def fault(operation, path, start, end):
-        if operation == "remove":
+        if operation == "remove" and what in path:
             raise PermissionError("no")
 
     meet(fault)
-    tickets = [faulty.publish(*pack(v, version=v)) for v in (1, 2, 3)]
-    assert_same(unpack(*channels.fetch(tickets[0], DEADLINE_S)), weights(1))
+    first, *_ = [faulty.publish(*pack(v, version=v)) for v in (1, 2, 3, 4)]
+    assert_same(unpack(*channels.fetch(first, DEADLINE_S)), weights(1))
+    assert sorted(path.name for path in root.iterdir()) == [f"v{v:08d}" for v in stay]
     meet(None)
-    faulty.publish(*pack(4, version=4))
-    assert sorted(path.name for path in root.iterdir()) == ["v00000003", "v00000004"]
+    faulty.publish(*pack(5, version=5))
+    assert sorted(path.name for path in root.iterdir()) == ["v00000004", "v00000005"]
 
 
 def test_the_manifest_goes_first(faulty, root):
@@ -318,6 +324,23 @@ def test_two_processes_put_and_a_third_reads(url):
         shipment.put([e for e in manifest.tensors if e.bucket == index], data)
     elsewhere(PUTS, shipment.invitation())
     assert elsewhere(READS, shipment.finish(manifest).to_json()) == manifest.digest
+
+
+PUBLISHES = """
+    import sys
+    from bridge.channels.cloud import CloudChannel
+    from tests.bridge.test_channels import pack
+
+    CloudChannel(sys.argv[1]).publish(*pack(2, version=2))
+"""
+
+
+def test_what_another_process_published_is_not_rewritten(s3_url):
+    channel = CloudChannel(s3_url)
+    channel.publish(*pack(1, version=1))
+    elsewhere(PUBLISHES, s3_url)
+    with pytest.raises(ChannelError, match="version 2 exists"):
+        channel.begin(2, 1, 1)
 
 
 def test_a_process_that_sees_another_storage_says_so(root):
