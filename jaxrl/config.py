@@ -269,7 +269,11 @@ class PublishSection(Section):
         "dtype on the wire and of the export at the end; auto: bfloat16, or float32 where the "
         "engines run float32 or are in the trainer",
     )
-    shuttle_dir: str | None = knob(None, "directory of the shuttle; default: weights/ in the run")
+    shuttle_dir: str | None = knob(
+        None,
+        "directory of the shuttle, or its URL in an object storage, s3://BUCKET/RUN or "
+        "gs://BUCKET/RUN; default: weights/ in the run",
+    )
     encoding: Literal["auto", "full", "delta"] = knob(
         "auto",
         "full: every version whole; delta: what changed since the last, without loss, and a copy "
@@ -382,6 +386,7 @@ def contradictions(c: Config) -> list[str]:
             f"{longest}, or lower one of the two"
         )
     found += _contradictions_of_hosts(c.hosts)
+    found += _faults_of_url(c.publish.shuttle_dir or "")
     if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:
         found.append(
             f"optimizer.beta1 = {c.optimizer.beta1}: a step changes the first moment by 1 - beta1 "
@@ -410,6 +415,18 @@ def contradictions(c: Config) -> list[str]:
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
         )
     return found
+
+
+def _faults_of_url(shuttle_dir: str) -> list[str]:
+    protocol, is_url, rest = shuttle_dir.partition("://")
+    if is_url and protocol == "file":
+        return [f"publish.shuttle_dir = {shuttle_dir}: a directory is named by its path, {rest}"]
+    if is_url and ("@" in rest or "?" in rest or "#" in rest or "::" in protocol):
+        return [
+            "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN and nothing else; credentials and "
+            "endpoints come from the environment of each machine"
+        ]
+    return []
 
 
 def _contradictions_of_hosts(c: HostsSection) -> list[str]:

@@ -713,8 +713,8 @@ def connect_bridge(
     next_version: Callable[[], int],
 ) -> Publish:
     """What carries each version from the learner to the engines, and proves that it arrived."""
+    from bridge.channels.cloud import open_shuttle
     from bridge.channels.object_store import ObjectStoreChannel
-    from bridge.channels.shuttle import ShuttleChannel
     from bridge.encoding import Encoder
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
@@ -722,7 +722,7 @@ def connect_bridge(
     channel = (
         ObjectStoreChannel(c.publish.keep_versions)
         if c.publish.channel == "object_store"
-        else ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions)
+        else open_shuttle(c.publish.shuttle_dir or str(run_dir.weights), c.publish.keep_versions)
     )
     # A Ray of this process's own is for this host alone, and what the others have goes through it.
     shared = not hosts.alone and (c.publish.channel == "shuttle" or c.vllm.ray_address is not None)

@@ -166,6 +166,22 @@ def test_a_value_of_the_wrong_type_or_size_is_named_with_its_key(tmp_path, key, 
     assert line.startswith(f"{key} = {value!r}: expected "), line
 
 
+@pytest.mark.parametrize(
+    "where, problem",
+    [
+        ("file:///weights", "publish.shuttle_dir = file:///weights: a directory is named by"),
+        ("s3://key:secret@host/run", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
+        ("s3://bucket/run?key=secret", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
+        ("cache::s3://bucket/run", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
+    ],
+)
+def test_a_shuttle_has_no_secret_in_its_url(tmp_path, where, problem):
+    (found,) = problems(tmp_path, tree(publish__shuttle_dir=where))
+    assert found.startswith(problem) and "secret" not in found
+    for fine in ("s3://bucket/run", "gs://bucket", "/weights@new?"):
+        assert load_tree(tmp_path, tree(publish__shuttle_dir=fine)).publish.shuttle_dir == fine
+
+
 def test_a_task_argument_of_no_known_type_is_one_problem(tmp_path):
     (line,) = problems(tmp_path, tree(data__task_args={"a": {"b": 1}}))
     assert line.startswith("data.task_args.a: expected a number, text, true, false")

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +107,43 @@ def ray_cluster():
     yield ray
     if mine:
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A file system on a server that speaks S3, a process of its own, and the environment that
+    leads there."""
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except ConnectionRefusedError:
+            assert server.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+            time.sleep(0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield s3fs.S3FileSystem()
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def s3_url(s3_server):
+    """In a bucket of its own."""
+    bucket = f"weights-{uuid.uuid4().hex}"
+    s3_server.mkdir(bucket)
+    return f"s3://{bucket}/run"
 
 
 @pytest.fixture(scope="session")

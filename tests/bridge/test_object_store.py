@@ -1,0 +1,200 @@
+"""The object store where something is in the way, and from other processes of a real cluster."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bridge import channels
+from bridge.channels import ChannelError
+from tests.bridge.test_channels import assert_same, mail, pack, unpack, weights
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture
+def ticket(ray_cluster):
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel()
+    yield mail(channel.publish(*pack(1, version=1)))
+    channel.close()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes the next calls of `ray.get` fail; returns the timeouts that it was called with."""
+
+    def fail(*errors):
+        real, waiting, timeouts = ray.get, list(errors), []
+
+        def get(refs, timeout=None):
+            timeouts.append(timeout)
+            if waiting:
+                raise waiting.pop(0)
+            return real(refs, timeout=timeout)
+
+        monkeypatch.setattr(ray, "get", get)
+        return timeouts
+
+    return fail
+
+
+LATE = ray.exceptions.GetTimeoutError("late")
+LOST = ray.exceptions.ObjectLostError("00" * 28, None, "")
+
+
+@pytest.mark.parametrize("first", [LATE, LOST, ConnectionError("reset")])
+def test_what_fails_once_or_twice_is_tried_again(ticket, failing, first):
+    timeouts = failing(first, LOST)
+    assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(1))
+    assert (
+        timeouts[0] <= 10.0 < max(timeouts)
+    )  # seconds: the first has a share, the last what is left
+
+
+def test_what_fails_every_time_says_how_often_it_was_tried(ticket, failing):
+    failing(LATE, LATE, LATE)
+    with pytest.raises(ChannelError, match=r"version 1 did not arrive .* 3 attempts"):
+        channels.fetch(ticket, 30.0)
+
+
+def test_no_attempt_is_made_after_the_deadline(ticket, failing):
+    timeouts = failing(LOST, LOST)
+    with pytest.raises(ChannelError, match=r"version 1 cannot be had .* 1 attempt;"):
+        channels.fetch(ticket, 0.1)
+    assert len(timeouts) == 1 and timeouts[0] <= 0.1
+
+
+def test_a_trainer_that_is_gone_is_not_asked_again(ray_cluster):
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel()
+    left = mail(channel.publish(*pack(1, version=1)))
+    channel.close()
+    with pytest.raises(ChannelError, match=r"version 1 cannot be had .* 1 attempt; .* gone"):
+        channels.fetch(left, 30.0)
+
+
+PUBLISHES = """
+    import sys
+
+    import ray
+
+    from bridge.channels.object_store import ObjectStoreChannel
+    from tests.bridge.test_channels import pack
+
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    manifest, buckets = pack(1, version=1)
+    channel = ObjectStoreChannel()
+    shipment = channel.begin(1, len(buckets), manifest.nbytes)
+    print(shipment.invitation(), flush=True)
+    for index, data in list(enumerate(buckets))[::2]:
+        shipment.put([e for e in manifest.tensors if e.bucket == index], data)
+    sys.stdin.readline()
+    print(shipment.finish(manifest).to_json(), flush=True)
+    sys.stdin.readline()
+"""
+PUTS = """
+    import sys
+
+    from bridge import channels
+    from tests.bridge.test_channels import pack
+
+    shipment = channels.join(sys.stdin.readline())
+    manifest, buckets = pack(1, version=1)
+    for index, data in list(enumerate(buckets))[1::2]:
+        shipment.put([e for e in manifest.tensors if e.bucket == index], data)
+    print("put", flush=True)
+    sys.stdin.readline()
+"""
+READS = """
+    import sys
+
+    from bridge import channels, wire
+
+    manifest, data = channels.fetch(channels.Ticket.from_json(sys.stdin.readline()), 60.0)
+    assert wire.verify(manifest, data) == manifest.digest
+    ranges = []
+    for line in open("/proc/self/maps"):
+        span, *_, path = line.split()
+        if "plasma" in line:
+            ranges.append([int(end, 16) for end in span.split("-")])
+    inside = [
+        any(start <= array.ctypes.data < stop for start, stop in ranges)
+        for array in data
+        if array.nbytes
+    ]
+    print(len(inside), all(inside), flush=True)
+"""
+
+
+class Process:
+    """Another Python process that runs `code`, spoken to by lines."""
+
+    def __init__(self, code, environment, *arguments):
+        command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment, bufsize=1
+        )
+
+    def says(self) -> str:
+        ready, _, _ = select.select([self.process.stdout], [], [], 90)
+        assert ready, "nothing in 90 s"
+        return self.process.stdout.readline().strip()
+
+    def hears(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """(address, environment) of a Ray head of its own, as `ray start` on the command line makes."""
+    environment = dict(os.environ)
+    if Path("~/.ray/auth_token").expanduser().exists():  # Ray asks for it where there is one
+        environment["RAY_AUTH_MODE"] = "token"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    scratch = tmp_path_factory.mktemp("r")
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=4"]
+    command += [f"--object-store-memory={128 << 20}", "--include-dashboard=false"]
+    log = (scratch.parent / f"{scratch.name}.log").open("w")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 90
+    while "Ray runtime started" not in Path(log.name).read_text():
+        assert head.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+        time.sleep(0.1)
+    yield f"127.0.0.1:{port}", environment
+    head.terminate()
+    head.wait()
+
+
+def test_two_processes_put_and_a_third_maps_what_they_put(cluster):
+    address, environment = cluster
+    publisher = Process(PUBLISHES, environment, address)
+    other, reader = Process(PUTS, environment), Process(READS, environment)
+    try:
+        other.hears(publisher.says())
+        assert other.says() == "put"
+        publisher.hears("finish")
+        ticket = publisher.says()
+        assert json.loads(ticket)["version"] == 1
+        reader.hears(ticket)
+        assert reader.says() == "5 True"  # tensors, all of them in the store's own memory
+    finally:
+        for process in (reader, other, publisher):
+            process.end()
