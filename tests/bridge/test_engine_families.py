@@ -129,8 +129,9 @@ def make(family, seed, directory):
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     model.set_attn_implementation("eager")  # the only one with softcaps and sinks
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms, biases and sinks start as constants
+        for name, parameter in model.named_parameters():
+            # Norms, biases and sinks start as constants.
+            if parameter.dim() == 1 or name.endswith("bias"):
                 parameter += 0.5 * torch.randn_like(parameter)
     model.save_pretrained(directory)
     return OnDisk(directory, model)
