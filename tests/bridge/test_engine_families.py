@@ -189,6 +189,8 @@ def test_two_versions_are_served_as_transformers_has_them(engines, settings, tmp
         for version, model in enumerate(models, start=1):
             publish(engine, channel, model, version)
             assert_serves(engine, model, version)
+        report = engine.call("examine", 60.0)
+        assert not report["wrong"] and not report["unchecked"]
 
 
 def test_a_loader_may_write_to_the_biases_that_it_is_given(engines, settings, tmp_path):
