@@ -22,6 +22,7 @@ import numpy as np
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
 _STEP_TOKENS = 2048  # prompt tokens that a CPU engine takes on in one step, at least
 _POLL_S = 0.01
+_EXAMINE_S = 0.02  # for which decoding waits at a time while the model is examined
 _FINISHED = ("stop", "length")
 _LOG_TAIL_BYTES = 65536
 _LOGGED_ERROR = re.compile(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
@@ -326,6 +327,43 @@ class VllmEngine:
                 raise EngineError(f"the workers loaded different weights: {[first, *others]}")
         return first
 
+    async def examine(self, deadline_s: float) -> dict[str, Any]:
+        """Compares what the model holds with the version that was loaded last.
+
+        Decoding goes on in between, and no update begins meanwhile.
+
+        Returns:
+          version; how many of its tensors were found exactly and how many were probed; unchecked,
+          the names of those that could not be compared; wrong, the name of each other tensor and
+          what is not right. Each tensor counts once. See `bridge.engines.examine`.
+
+        Raises:
+          EngineError: nothing was loaded, the version's tensors are not held any more, or the
+            deadline passed.
+        """
+        async with self._updating:
+            end = time.monotonic() + deadline_s
+            with self._plain_errors():
+                self._require_running()
+                try:
+                    reports = await self._examined(end)
+                finally:  # others may wait for the tensors' memory
+                    await self._llm.collective_rpc("bridge_end_examination")
+            if None in reports:
+                raise EngineError(
+                    f"{self._name}: weight version {self._version} was not examined within "
+                    f"{deadline_s:g} s; give it longer"
+                )
+            return _merged(reports)
+
+    async def _examined(self, end: float) -> list[Any]:
+        """The workers' reports; None for one that was not ready at `end`."""
+        config, reports = self._settings.lora, [None]
+        await self._llm.collective_rpc("bridge_begin_examination", args=(config,))
+        while None in reports and time.monotonic() < end:
+            reports = await self._llm.collective_rpc("bridge_examine", args=(_EXAMINE_S,))
+        return reports
+
     async def abort_update(self) -> None:
         """Drops a staged version. The engine serves what it served, and can stage again."""
         async with self._updating:
@@ -480,6 +518,23 @@ class VllmEngine:
                 f"tokens {min(tokens)} to {max(tokens)} are not all in the model's vocabulary of "
                 f"{self._vocab_size}; does the tokenizer belong to the model?"
             )
+
+
+def _merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of the workers' own (see Examination.work): of each tensor the worst is said."""
+    wrong: dict[str, str] = {}
+    for rank, report in enumerate(reports):
+        where = f"worker {rank}: " if len(reports) > 1 else ""
+        wrong = {name: where + why for name, why in report["wrong"].items()} | wrong
+    unchecked = {name for report in reports for name in report["unchecked"]} - wrong.keys()
+    probed = {name for report in reports for name in report["probed"]} - wrong.keys() - unchecked
+    return {
+        "version": reports[0]["version"],
+        "exact": reports[0]["tensors"] - len(wrong) - len(unchecked) - len(probed),
+        "probed": len(probed),
+        "unchecked": sorted(unchecked),
+        "wrong": wrong,
+    }
 
 
 _TRIAL = {"n": 1, "seed": 0, "temperature": 1.0, "max_new_tokens": 1, "stop_tokens": []}

@@ -43,6 +43,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 from bridge import channels, torch_view, wire
+from bridge.engines.examine import Examination, renames
 from bridge.receive import Receiver
 
 ADAPTER_ID = 1  # vLLM's number for the one adapter; every request names it
@@ -50,11 +51,18 @@ ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in PEFT's files, 
 
 _LORA_NAME = re.compile(rf"{re.escape(ADAPTER_PREFIX)}.+\.lora_[AB]\.weight")
 
+# Decoding waits while a version is mapped that was received before: it is here, or it is gone.
+_REREAD_S = 0.5
+
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]: what a version must hold
 
 
 class UpdateRefused(Exception):
     """A version that must not be loaded. The model is untouched."""
+
+
+class NotHeld(Exception):
+    """What this process holds is not the version that was loaded last."""
 
 
 @dataclasses.dataclass
@@ -149,6 +157,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         self._staged: Staged | None = None
         self._kept = Receiver(prove)
         self._direct: set[torch.nn.Module] = set()  # see _load
+        self._examination: Examination | None = None
 
     def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
         pass
@@ -231,7 +240,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
                 peft,
                 device="cpu",
                 dtype=manager.lora_config.lora_dtype,
-                weights_mapper=_renames(model),
+                weights_mapper=renames(model),
             )
         manager.remove_adapter(ADAPTER_ID)
         manager.add_adapter(adapter)
@@ -239,6 +248,45 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         self._kept.release()
         if staged is not None:
             self.loaded = staged.loaded(time.perf_counter() - started)
+
+    def begin_examination(self, config: dict[str, Any] | None) -> None:
+        """Makes `examine` start with the version that was loaded last.
+
+        Args:
+          config: PEFT's adapter_config, where there are adapters.
+
+        Raises:
+          NotHeld, ChannelError: there is nothing to compare the model with.
+        """
+        if self._staged is not None:
+            raise NotHeld(
+                f"weight version {self._staged.version} is staged beside the model, and is what "
+                "this process holds; commit or abort it, and examine then"
+            )
+        received = self._kept.reread(_REREAD_S)
+        version = received.manifest.version
+        if version != self.loaded.get("version"):
+            self._kept.release()
+            raise NotHeld(
+                f"weight version {version} is held, and was not loaded; publish a version and "
+                "examine that"
+            )
+        tensors = list(torch_view.tensors(received.manifest, received.data))
+        scaling = None
+        if config and any(name.startswith(ADAPTER_PREFIX) for name, _ in tensors):
+            scaling = PEFTHelper.from_dict(config).vllm_lora_scaling_factor
+        self._examination = Examination(self.model, version, tensors, scaling)
+
+    def examine(self, budget_s: float) -> dict[str, Any] | None:
+        """See Examination.work."""
+        assert self._examination is not None, "begin_examination comes first"
+        return self._examination.work(budget_s)
+
+    def end_examination(self) -> None:
+        """Lets the version go, if one is examined."""
+        if self._examination is not None:
+            self._examination = None
+            self._kept.release()
 
     def drop(self) -> None:
         """Forgets what is staged, and lets its memory go."""
@@ -269,6 +317,18 @@ class BridgeWorker:
     def bridge_load_adapter(self, config: dict[str, Any]) -> None:
         """See BridgeWeightTransferEngine.load_adapter."""
         self.weight_transfer_engine.load_adapter(config)
+
+    def bridge_begin_examination(self, config: dict[str, Any] | None) -> None:
+        """See BridgeWeightTransferEngine.begin_examination."""
+        self.weight_transfer_engine.begin_examination(config)
+
+    def bridge_examine(self, budget_s: float) -> dict[str, Any] | None:
+        """See Examination.work."""
+        return self.weight_transfer_engine.examine(budget_s)
+
+    def bridge_end_examination(self) -> None:
+        """See BridgeWeightTransferEngine.end_examination."""
+        self.weight_transfer_engine.end_examination()
 
     def bridge_abort(self) -> None:
         """Closes an update that was not finished. The model keeps its weights."""
@@ -303,15 +363,9 @@ def _unplaced(model: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[s
         name
         for name, _ in tensors
         if not _LORA_NAME.fullmatch(name)
-        or parse_fine_tuned_lora_name(name, _renames(model))[0] not in places
+        or parse_fine_tuned_lora_name(name, renames(model))[0] not in places
     ]
     return [f"{len(lost)} tensors have no place in the model: {_list(lost)}"] if lost else []
-
-
-def _renames(model: Any) -> Any:
-    """What vLLM calls the model's modules, where it is not what Hugging Face does."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return None if mapper is None else mapper.get_rename_mapper()
 
 
 def stage(receiver: Receiver, ticket: channels.Ticket, deadline_s: float) -> Staged:

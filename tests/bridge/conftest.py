@@ -55,7 +55,7 @@ class TinyModel:
         return np.array([0.0, *after], np.float32)
 
 
-def make_tiny(directory: Path, seed: int, tied: bool = True) -> TinyModel:
+def make_tiny(directory: Path, seed: int, tied: bool = True, kv_heads: int = 2) -> TinyModel:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -66,7 +66,7 @@ def make_tiny(directory: Path, seed: int, tied: bool = True) -> TinyModel:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=4096,
         tie_word_embeddings=tied,

@@ -19,12 +19,13 @@ _ANSWER_S = 120
 class ForkedEngines:
     """The process that engines are forked from. One engine lives at a time."""
 
-    def __init__(self):
+    def __init__(self, before=None):
+        """`before` is called in that process, ahead of everything."""
         # Not daemonic, because it must have children: `close` ends it.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         with mock.patch.dict(os.environ, actor_environment(cpu=True)):
-            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process = context.Process(target=_serve, args=(theirs, before))
             self._process.start()
         theirs.close()  # so that a process that died is noticed at once
 
@@ -64,8 +65,10 @@ class ForkedEngines:
         assert self._process.exitcode == 0, "an engine's processes outlived it"
 
 
-def _serve(pipe):
+def _serve(pipe, before):
     _fork_without_asking()
+    if before is not None:
+        before()
     engine = None
     with asyncio.Runner() as runner, contextlib.suppress(EOFError):
         while True:

@@ -129,8 +129,9 @@ def make(family, seed, directory):
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     model.set_attn_implementation("eager")  # the only one with softcaps and sinks
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms, biases and sinks start as constants
+        for name, parameter in model.named_parameters():
+            # Norms, biases and sinks start as constants.
+            if parameter.dim() == 1 or name.endswith("bias"):
                 parameter += 0.5 * torch.randn_like(parameter)
     model.save_pretrained(directory)
     return OnDisk(directory, model)
@@ -188,6 +189,8 @@ def test_two_versions_are_served_as_transformers_has_them(engines, settings, tmp
         for version, model in enumerate(models, start=1):
             publish(engine, channel, model, version)
             assert_serves(engine, model, version)
+        report = engine.call("examine", 60.0)
+        assert not report["wrong"] and not report["unchecked"]
 
 
 def test_a_loader_may_write_to_the_biases_that_it_is_given(engines, settings, tmp_path):
