@@ -1,12 +1,12 @@
 """What of a version travels: all of it, or what changed since the last. The trainer half."""
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import numpy as np
 
 from bridge import delta
-from bridge.wire import ITEM_BYTES, Base, HostTensor, Manifest
+from bridge.wire import ITEM_BYTES, Base, HostChanges, HostTensor, Manifest, Outgoing
 
 Encoding = Literal["auto", "full", "delta"]
 
@@ -16,41 +16,77 @@ SLOW_BYTES_PER_S = 2.5e9
 WORTH_S = 1.0
 
 
-class Shadow:
-    """The last version, as far as this process has it in memory: what differences are taken from.
+@dataclasses.dataclass
+class _Kept:
+    """A version to take differences from."""
 
-    Of several processes each has one, of the buckets that it ships.
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # bytes, uint8
+    on_devices: dict[int, Any] = dataclasses.field(default_factory=dict)  # by group
+
+
+class Shadow:
+    """The last version, as far as this process has it: what differences are taken from.
+
+    All of it is in the memory of the host, and on the devices too if they are to compare. Of
+    several processes each has one, of the buckets that it ships.
     """
 
     def __init__(self) -> None:
         self._held: Base | None = None
-        self._base: Base | None = None  # of the version on its way
         self._keep = False
-        self._last: dict[str, np.ndarray] = {}  # the bytes of each tensor of what is held
-        self._next: dict[str, np.ndarray] = {}
+        self._last, self._next = _Kept(), _Kept()
 
     def begin(self, base: Base | None, keep: bool) -> None:
         """A version is on its way, as a difference from `base` if that is not None and held here;
         `keep` it to take differences from."""
-        self._base, self._keep, self._next = base, keep, {}
+        self._keep, self._next = keep, _Kept()
+        if base is None or base != self._held:
+            self._last = _Kept()
 
-    def payloads(self, group: Iterable[HostTensor]) -> Mapping[str, np.ndarray]:
-        """By name, for the tensors of a group that are smaller as a difference. Several threads may
-        call it at a time."""
-        made = {}
-        for tensor in group if self._keep else []:
-            self._next[tensor.name] = tensor.data
-            if self._base is not None and self._base == self._held and tensor.name in self._last:
-                payload = _difference(self._last[tensor.name], tensor)
+    def exchange(self, group: int, bits: Any) -> Any | None:
+        """Keeps what the devices have of a group of the version on its way, and gives up what they
+        had of the one that it is a difference from, if it is one."""
+        self._next.on_devices[group] = bits
+        return self._last.on_devices.pop(group, None)
+
+    def encoded(self, group: Outgoing) -> tuple[list[HostTensor], dict[str, np.ndarray]]:
+        """The tensors of a group, and by name, for those that are smaller as a difference, what
+        travels instead. Several threads may call it at a time."""
+        tensors, payloads = [], {}
+        for item in group:
+            tensor, changed = self._brought_up(item)
+            tensors.append(tensor)
+            if self._keep:
+                self._next.tensors[tensor.name] = tensor.data
+            if changed is not None:
+                after = tensor.data.view(changed.values.dtype)
+                payload = np.frombuffer(delta.encode(changed, after), np.uint8)
                 if payload.nbytes < tensor.data.nbytes:
-                    made[tensor.name] = payload
-        return made
+                    payloads[tensor.name] = payload
+        return tensors, payloads
 
     def settle(self, version: Base | None) -> None:
         """The version on its way is there, or (None) never will be."""
-        held = version if self._keep else None
-        self._held, self._last = held, {} if held is None else self._next
-        self._next = {}
+        self._held = version if self._keep else None
+        self._last = _Kept() if self._held is None else self._next
+        self._next = _Kept()
+
+    def _brought_up(
+        self, item: HostTensor | HostChanges
+    ) -> tuple[HostTensor, delta.Changes | None]:
+        """The whole tensor, and what changed in it if that can be said."""
+        elements = delta.ELEMENTS[ITEM_BYTES[item.dtype]]
+        last = self._last.tensors.get(item.name)
+        if isinstance(item, HostTensor):
+            after = item.data.view(elements)
+            return item, None if last is None else delta.changes(last.view(elements), after)
+        assert last is not None, f"{item.name}: changes to a tensor of which nothing is held"
+        if not last.flags.writeable:  # memory of the devices' own
+            last = last.copy()
+        after = last.view(elements)
+        changed = delta.Changes(after.size, item.indices, item.values, after[item.indices])
+        after[item.indices] = item.values
+        return HostTensor(item.name, item.dtype, item.shape, last), changed
 
 
 class Encoder:
@@ -85,9 +121,3 @@ class Encoder:
         """So many bytes of a whole version were with the engines after so many seconds."""
         if self._auto and not self.deltas:
             self.deltas = seconds > WORTH_S and nbytes < SLOW_BYTES_PER_S * seconds
-
-
-def _difference(old: np.ndarray, tensor: HostTensor) -> np.ndarray:
-    elements = delta.ELEMENTS[ITEM_BYTES[tensor.dtype]]
-    before, after = old.view(elements), tensor.data.view(elements)
-    return np.frombuffer(delta.encode(delta.changes(before, after), after), np.uint8)

@@ -2,15 +2,16 @@
 
 Layout and cast run on the devices, a group of layers at a time, in programs whose size does not
 grow with depth; while the host takes what one group gave, the devices work on the next. A group is
-a bucket of the wire, so that a host holds a few buckets of a version and never a model.
+a bucket of the wire, so that a host holds a few buckets of a version and never a model. Where the
+devices keep the last version (`bridge.compare`), only what changed comes to the host.
 """
 
 import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bridge.names import hf_name, hf_tensors, to_hf
-from bridge.wire import ITEM_BYTES, HostTensor
+from bridge import compare
+from bridge.names import hf_axes, hf_name, hf_tensors, to_hf
+from bridge.wire import ITEM_BYTES, HostChanges, HostTensor, Outgoing
+from jaxrl.mesh import partition, replicated
 from jaxrl.models.params import ParamSpec, Path, leaf_at
+
+Compare = Literal["auto", "mesh", "host"]
+Stacks = dict[str, jax.Array]  # of a group: by name, stacked by layer (and expert), on the devices
+
+_T = TypeVar("_T")
 
 BUCKET_BYTES = 256 << 20
 _AHEAD = 1  # groups that the devices work on while the host takes another
@@ -35,6 +43,42 @@ class Group(NamedTuple):
     nbytes: int
 
 
+class Kept(Protocol):
+    """Where the devices' last version is kept; `bridge.encoding.Shadow` is the real one."""
+
+    def exchange(self, group: int, bits: Any) -> Any | None:
+        """Keeps the bits of a group, and gives up those of the last version to compare with."""
+        ...
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """A version on the devices, in the wire's layout and dtype. Its groups can be taken once."""
+
+    stacks: collections.deque[Stacks]
+    mesh: Mesh | None
+
+
+class _Compared(NamedTuple):
+    """A group of which the devices hold two versions; see `bridge.compare`."""
+
+    stacks: Stacks
+    layout: compare.Layout
+    new: jax.Array
+    words: jax.Array
+    counts: jax.Array
+
+
+class _Changed(NamedTuple):
+    """What changed in a group, on the devices."""
+
+    names: tuple[str, ...]
+    layout: compare.Layout
+    counts: np.ndarray
+    places: jax.Array
+    values: jax.Array
+
+
 class Exporter:
     """Makes the Hugging Face tensors of the leaves in `specs`, in `dtype`.
 
@@ -42,10 +86,19 @@ class Exporter:
     """
 
     def __init__(
-        self, specs: dict[Path, ParamSpec], dtype: str, bucket_bytes: int = BUCKET_BYTES
+        self,
+        specs: dict[Path, ParamSpec],
+        dtype: str,
+        bucket_bytes: int = BUCKET_BYTES,
+        compare_on: Compare = "auto",
     ) -> None:
-        """A group has at most `bucket_bytes`, or one tensor at one layer if that has more."""
-        self._specs, self._dtype = specs, dtype
+        """A group has at most `bucket_bytes`, or one tensor at one layer if that has more.
+
+        `compare_on` says where versions are compared: by the devices of a mesh, or on the host.
+        `auto`: by the devices unless they are CPUs, whose memory is the host's.
+        """
+        self._specs, self._dtype, self._compare_on = specs, dtype, compare_on
+        self.device_bytes = 0  # that the last export brought to this host
         self._order = list(hf_tensors(specs))
         self._leaves: dict[str, tuple[Path, ...]] = {}  # of each name, in the order of their rows
         for path in sorted(specs, key=lambda path: specs[path].row):
@@ -63,24 +116,51 @@ class Exporter:
         tensors = {t.name: t for group in self.groups(params) for t in group}
         return [tensors[name] for name in self._order if name in tensors]
 
+    def snapshot(self, params: Any) -> Snapshot:
+        """The tensors of `params` as they are now, for `groups` or `groups_since` to take later:
+        dispatched, not waited for. `params` may go to a program that consumes them at once.
+
+        It takes a copy of them on the devices, in the wire's dtype and split as they are, until
+        its groups are taken.
+        """
+        return Snapshot(collections.deque(self._made(params, gather=False)), self._mesh(params))
+
     def groups(
         self, params: Any, owners: Sequence[int] | None = None
     ) -> Iterator[list[HostTensor]]:
         """The tensors of each group of `plan`, in turn. They share no memory with `params`, which
-        may be consumed once the last group has come.
+        may be consumed once the last group has come, and at once if they are a `Snapshot`.
 
         Of several processes all call it and take every group: the mesh gathers each, and its owner
         gets the tensors, the others an empty list. `owners` None: the first process.
         """
-        owners = owners or [0] * len(self.plan)
-        running: collections.deque[tuple[int, Group, dict[str, jax.Array]]] = collections.deque()
-        for owner, group in zip(owners, self.plan, strict=True):
-            stacked = self.program(group, params)(*self.inputs(group, params))
-            running.append((owner, group, _cast(stacked, self._dtype)))
-            if len(running) > _AHEAD:
-                yield self._taken(*running.popleft())
-        while running:
-            yield self._taken(*running.popleft())
+        self.device_bytes = 0
+        made = map(_gathered, self._made(params, gather=True))
+        for group, stacks in self._own(owners, _ahead(made)):
+            yield [] if stacks is None else self._whole(group, stacks)
+
+    def groups_since(
+        self, kept: Kept, params: Any, owners: Sequence[int] | None = None
+    ) -> Iterator[Outgoing]:
+        """As `groups`, for a version to take differences from. Where the devices compare, they hold
+        it in `kept` from now on, and of a group that they held of the last version only changes
+        come, unless so many that they would take more bytes.
+
+        The host's part of finding them is done by whoever iterates over a group.
+        """
+        mesh = self._mesh(params)
+        if mesh is None or not self._compares(mesh):
+            yield from self.groups(params, owners)
+            return
+        self.device_bytes = 0
+        made = enumerate(self._made(params, gather=False))
+        compared = (self._compared(kept, index, stacks, mesh) for index, stacks in made)
+        found = (self._compacted(one) for one in _ahead(compared))
+        for group, one in self._own(owners, _ahead(found)):
+            if isinstance(one, _Changed):
+                yield self._changes(group, one, *self._to_host([one.places, one.values]))
+            else:
+                yield [] if one is None else self._whole(group, one)
 
     def owners(self, processes: int) -> list[int]:
         """A process for each group, so that all export about as many bytes."""
@@ -97,14 +177,19 @@ class Exporter:
         paths = [path for name in group.names for path in self._leaves[name]]
         return {path: leaf_at(params, path) for path in paths}, group.start
 
-    def program(self, group: Group, params: Any) -> Any:
-        """Jitted inputs -> tensors stacked by layer (and expert), by name. On a mesh of several
-        processes every device has all of them. On CPU they are not cast yet."""
+    def program(self, group: Group, params: Any, gather: bool = True) -> Any:
+        """Jitted inputs -> tensors stacked by layer (and expert), by name, split over the mesh as
+        parameters are; on a mesh of several processes every device has all of them if they are to
+        `gather`. On CPU they are not cast yet."""
         leaves, _ = self.inputs(group, params)
-        sharding = getattr(next(iter(leaves.values())), "sharding", None)
-        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         specs = tuple((path, self._specs[path]) for path in leaves)
-        return _program(specs, group.layers, self._dtype, mesh)
+        return _program(specs, group.layers, self._dtype, self._mesh(params), gather)
+
+    def layout(self, stacks: Mapping[str, Any], mesh: Mesh) -> compare.Layout:
+        """How the tensors of a group lie on the mesh."""
+        shapes = {name: tuple(array.shape) for name, array in stacks.items()}
+        specs = [_partition(self._first(name), shape, mesh) for name, shape in shapes.items()]
+        return compare.Layout(mesh, tuple(shapes.values()), tuple(specs))
 
     def _planned(self, most: int) -> Iterator[Group]:
         """Layers are cut into groups first, by all their tensors; where one layer is too much, by
@@ -124,18 +209,91 @@ class Exporter:
                     here = min(step, count - start)
                     yield Group(part, start, max(here, 0), nbytes * max(here, 1))
 
-    def _taken(self, owner: int, group: Group, stacked: dict[str, jax.Array]) -> list[HostTensor]:
-        if jax.process_index() != owner:
-            return []
+    def _mesh(self, params: Any) -> Mesh | None:
+        if isinstance(params, Snapshot):
+            return params.mesh
+        sharding = getattr(leaf_at(params, next(iter(self._specs))), "sharding", None)
+        return getattr(sharding, "mesh", None)  # a single device has none
+
+    def _compares(self, mesh: Mesh) -> bool:
+        return self._compare_on == "mesh" or (self._compare_on == "auto" and not _on_cpu(mesh))
+
+    def _made(self, params: Any, gather: bool) -> Iterator[Stacks]:
+        """Each group's tensors, dispatched when asked for."""
+        if isinstance(params, Snapshot):
+            while params.stacks:
+                yield params.stacks.popleft()
+            return
+        for group in self.plan:
+            stacks = self.program(group, params, gather)(*self.inputs(group, params))
+            yield _cast(stacks, self._dtype)
+
+    def _own(
+        self, owners: Sequence[int] | None, found: Iterable[_T]
+    ) -> Iterator[tuple[Group, _T | None]]:
+        """What was found of each group; None of those of other processes."""
+        owners = owners or [0] * len(self.plan)
+        for owner, group, one in zip(owners, self.plan, found, strict=True):
+            yield group, one if owner == jax.process_index() else None
+
+    def _compared(self, kept: Kept, index: int, stacks: Stacks, mesh: Mesh) -> Stacks | _Compared:
+        layout = self.layout(stacks, mesh)
+        new = compare.vector(layout, list(stacks.values()))
+        old = kept.exchange(index, new)
+        if old is None:
+            return stacks
+        words, counts = compare.found(layout, old, new)
+        return _Compared(stacks, layout, new, words, replicated(counts))
+
+    def _compacted(self, one: Stacks | _Compared) -> Stacks | _Changed:
+        """Waits for the counts, which all processes have, and so all go on in the same way."""
+        if not isinstance(one, _Compared):
+            return _gathered(one)
+        (counts,) = self._to_host([one.counts])
+        most = compare.capacity(one.layout, ITEM_BYTES[self._dtype], counts)
+        if most is None:
+            return _gathered(one.stacks)
+        places, values = compare.compact(one.layout, one.new, one.words, most)
+        found = (counts, replicated(places), replicated(values))
+        return _Changed(tuple(one.stacks), one.layout, *found)
+
+    def _whole(self, group: Group, stacks: Stacks) -> list[HostTensor]:
         tensors = []
-        for name, array in zip(stacked, to_host(list(stacked.values())), strict=True):
-            spec = self._specs[self._leaves[name][0]]
-            for index in np.ndindex(array.shape[: spec.stack]):
-                layer = tuple(i + group.start if axis == 0 else i for axis, i in enumerate(index))
+        for name, array in zip(stacks, self._to_host(list(stacks.values())), strict=True):
+            for index, hf in self._names(group, name, array.shape):
                 one = np.ascontiguousarray(array[index])
                 data = one.reshape(-1).view(np.uint8)
-                tensors.append(HostTensor(hf_name(spec, layer), self._dtype, one.shape, data))
+                tensors.append(HostTensor(hf, self._dtype, one.shape, data))
         return tensors
+
+    def _changes(
+        self, group: Group, found: _Changed, places: np.ndarray, values: np.ndarray
+    ) -> Iterator[HostChanges]:
+        changes = found.layout.changes(found.counts, places, values)
+        of_stacks = zip(found.names, found.layout.shapes, changes, strict=True)
+        for name, shape, (indices, bits) in of_stacks:
+            one = shape[self._first(name).stack :]
+            size = math.prod(one)
+            for i, (_, hf) in enumerate(self._names(group, name, shape)):
+                here = slice(*np.searchsorted(indices, (i * size, (i + 1) * size)))
+                yield HostChanges(hf, self._dtype, one, indices[here] - i * size, bits[here])
+
+    def _first(self, name: str) -> ParamSpec:
+        """Of the leaf that has a tensor's first rows."""
+        return self._specs[self._leaves[name][0]]
+
+    def _names(
+        self, group: Group, name: str, shape: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Index within a group's stack of this shape, and name, of each Hugging Face tensor."""
+        spec = self._first(name)
+        for index in np.ndindex(shape[: spec.stack]):
+            layer = tuple(i + group.start if axis == 0 else i for axis, i in enumerate(index))
+            yield index, hf_name(spec, layer)
+
+    def _to_host(self, arrays: list[jax.Array]) -> list[np.ndarray]:
+        self.device_bytes += sum(array.nbytes for array in arrays)
+        return to_host(arrays)
 
 
 def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
@@ -151,9 +309,17 @@ def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    specs: tuple[tuple[Path, ParamSpec], ...], layers: int, dtype: str, mesh: Mesh | None
+    specs: tuple[tuple[Path, ParamSpec], ...],
+    layers: int,
+    dtype: str,
+    mesh: Mesh | None,
+    gather: bool,
 ) -> Callable[[dict[Path, jax.Array], int], dict[str, jax.Array]]:
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    on_cpu = jax.default_backend() == "cpu" if mesh is None else _on_cpu(mesh)
+    gathered = gather and mesh is not None and _processes(mesh) > 1
+    firsts: dict[str, ParamSpec] = {}
+    for _, spec in specs:
+        firsts.setdefault(spec.hf_name, spec)
 
     def run(leaves: dict[Path, jax.Array], start: int) -> dict[str, jax.Array]:
         rows: dict[str, list[jax.Array]] = {}
@@ -163,16 +329,21 @@ def _program(
                 leaf = jax.lax.dynamic_slice_in_dim(leaf, start, layers, axis=0)
                 spec = dataclasses.replace(spec, shape=(layers, *spec.shape[1:]))
             # XLA's CPU backend would transpose and cast in one loop, at a third of the speed.
-            wire = leaf if platform == "cpu" else leaf.astype(dtype)
+            wire = leaf if on_cpu else leaf.astype(dtype)
             rows.setdefault(spec.hf_name, []).append(to_hf(spec, wire))
-        stacks = {spec.hf_name: spec.stack for _, spec in specs}
         whole = {
-            name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=stacks[name])
+            name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=firsts[name].stack)
             for name, parts in rows.items()
         }
-        if mesh is None or len({device.process_index for device in mesh.devices.flat}) == 1:
-            return whole  # each device's part goes to the host by itself
-        return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, P()))
+        if mesh is None:
+            return whole
+        shardings = {
+            name: NamedSharding(
+                mesh, P() if gathered else _partition(firsts[name], array.shape, mesh)
+            )
+            for name, array in whole.items()
+        }
+        return jax.lax.with_sharding_constraint(whole, shardings)
 
     return jax.jit(run)
 
@@ -180,6 +351,35 @@ def _program(
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(stacked: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
     return {name: array.astype(dtype) for name, array in stacked.items()}
+
+
+def _gathered(stacks: Stacks) -> Stacks:
+    """Where this process can read them."""
+    return {name: replicated(array) for name, array in stacks.items()}
+
+
+def _ahead(dispatched: Iterable[_T]) -> Iterator[_T]:
+    """What the devices work on, some of it before its turn."""
+    running: collections.deque[_T] = collections.deque()
+    for one in dispatched:
+        running.append(one)
+        if len(running) > _AHEAD:
+            yield running.popleft()
+    yield from running
+
+
+def _partition(spec: ParamSpec, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """How a stack of Hugging Face tensors lies, so that a device makes its part of its own part of
+    the leaf; `spec` is that of the tensors' first rows."""
+    return partition(mesh, (*spec.axes[: spec.stack], *hf_axes(spec)), shape)
+
+
+def _processes(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _layers(spec: ParamSpec) -> int:

@@ -78,7 +78,7 @@ def hf_shape(spec: ParamSpec) -> tuple[int, ...]:
     return (math.prod(outputs), math.prod(inputs)) if inputs else (math.prod(outputs),)
 
 
-def hf_axes(spec: ParamSpec) -> tuple[str | None, ...]:
+def hf_axes(spec: ParamSpec) -> tuple[str, ...]:
     """Logical axis along which each dimension of a piece may be split as our leaf is.
 
     Of axes that one dimension flattens it is the first: splitting that one splits the dimension.

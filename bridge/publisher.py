@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.channels import Channel, Shipment, Ticket
 from bridge.encoding import Encoder, Shadow
-from bridge.wire import Base, HostTensor, Manifest, TensorEntry, entries, manifest_of
+from bridge.wire import Base, HostTensor, Manifest, Outgoing, TensorEntry, entries, manifest_of
 from jaxrl.types import PublishReport, RunError
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
@@ -43,11 +43,19 @@ class Export(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def device_bytes(self) -> int:
+        """What the last export brought from the devices to this host."""
+        ...
+
     def groups(self, params: Any) -> Iterator[list[HostTensor]]: ...
+    def groups_since(self, kept: Shadow, params: Any) -> Iterator[Outgoing]: ...
 
 
 class Carrier(Protocol):
     """Brings the buckets of a version into a shipment."""
+
+    device_bytes: int  # that left the devices for what was shipped last
 
     def ship(
         self, export: Any, params: Any, shipment: Shipment, base: Base | None, keep: bool
@@ -70,13 +78,17 @@ class OwnCarrier:
     """This process ships all buckets."""
 
     def __init__(self) -> None:
-        self._shadow = Shadow()
+        self._shadow, self.device_bytes = Shadow(), 0
 
     def ship(
         self, export: Export, params: Any, shipment: Shipment, base: Base | None, keep: bool
     ) -> list[TensorEntry]:
-        self._shadow.begin(base, keep)
-        return ship(export.groups(params), shipment, self._shadow)
+        shadow = self._shadow
+        shadow.begin(base, keep)
+        groups = export.groups_since(shadow, params) if keep else export.groups(params)
+        shipped = ship(groups, shipment, shadow)
+        self.device_bytes = export.device_bytes
+        return shipped
 
     def settle(self, version: Base | None) -> None:
         self._shadow.settle(version)
@@ -137,6 +149,7 @@ class Publisher:
             clock.seconds,
             clock.pause_s,
             None if manifest.base is None else manifest.base.version,
+            self._carrier.device_bytes,
         )
 
     def publish_frozen(self, export: Export, params: Any, expected: Expected, version: int) -> None:
@@ -238,11 +251,9 @@ class Phases:
         return self.seconds[name]
 
 
-def ship(
-    groups: Iterable[list[HostTensor]], shipment: Shipment, shadow: Shadow
-) -> list[TensorEntry]:
+def ship(groups: Iterable[Outgoing], shipment: Shipment, shadow: Shadow) -> list[TensorEntry]:
     """Puts group i into bucket i, encoded and hashed on the way, while the next is exported; an
-    empty group is another process's.
+    empty list is another process's group.
 
     Every group is taken even if one cannot be put: of several processes all must take them.
 
@@ -250,8 +261,8 @@ def ship(
       bridge.channels.ChannelError: a bucket could not be put.
     """
 
-    def put(index: int, group: list[HostTensor]) -> list[TensorEntry]:
-        found, data = entries(index, group, shadow.payloads(group))
+    def put(index: int, group: Outgoing) -> list[TensorEntry]:
+        found, data = entries(index, *shadow.encoded(group))
         shipment.put(found, data)
         return found
 

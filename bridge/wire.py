@@ -51,6 +51,21 @@ class HostTensor:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HostChanges:
+    """What changed in a tensor since the last version, of a tensor on its way out: `values`, the
+    bits, uint16 or uint32 [changed], at the row-major `indices`, int64 [changed], ascending."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    indices: np.ndarray
+    values: np.ndarray
+
+
+Outgoing = Iterable[HostTensor | HostChanges]  # a bucket on its way out
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
     name: str
     dtype: str

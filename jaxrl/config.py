@@ -280,6 +280,12 @@ class PublishSection(Section):
         "of a version in the trainer's memory and on each node of engines; auto: full until a "
         "version takes more than a second to reach the engines, at less than 2.5 GB/s",
     )
+    compare: Literal["auto", "mesh", "host"] = knob(
+        "auto",
+        "where differences are found; mesh: by the devices, which keep a copy of the last version "
+        "in the wire's dtype, split as the parameters are, and send only what changed to the host; "
+        "host: there, from all of each version; auto: mesh, or host where the devices are CPUs",
+    )
     anchor_every: int = knob(
         16, "deltas after which a version is whole again", unit="versions", ge=1
     )

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from bridge.export import Exporter
     from bridge.fleet import Fleet
     from bridge.publisher import Score
-    from bridge.wire import Base, HostTensor, TensorEntry
+    from bridge.wire import Base, HostTensor, Outgoing, TensorEntry
     from jaxrl.collect import Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.hosts import Hosts
@@ -191,6 +191,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "lag/max": lag_max,
             "weights/version": version,
             "publish/bytes": report.bytes,
+            "publish/device_bytes": report.device_bytes,
             "publish/delta": int(report.base is not None),
             "publish/pause_s": report.pause_s,
             "publish/engines": report.engines,
@@ -374,7 +375,7 @@ def follow(c: Config, hosts: Hosts) -> int:
                         "export": (learner.export, state.params),
                         "export_frozen": (learner.export_frozen, learner.frozen),
                     }[which]
-                    ship_share(hosts, exporter, params, invitation, shadow)
+                    ship_share(hosts, exporter, params, invitation, shadow, keep)
                 case "settle", [version]:
                     shadow.settle(None if version is None else Base(*version))
                 case "score", [tokens]:
@@ -478,6 +479,14 @@ class LedExporter:
         self.hosts.announce(self.order)
         return self.exporter.groups(params)
 
+    def groups_since(self, kept: Shadow, params: Params) -> Iterator[list[HostTensor]]:
+        """Whole: the others have no last version to compare with."""
+        return self.groups(params)
+
+    @property
+    def device_bytes(self) -> int:
+        return self.exporter.device_bytes
+
     def __call__(self, params: Params) -> list[HostTensor]:
         self.hosts.announce(self.order)
         return self.exporter(params)
@@ -493,7 +502,7 @@ class LedCarrier:
     def __post_init__(self) -> None:
         from bridge.encoding import Shadow
 
-        self.shadow = Shadow()
+        self.shadow, self.device_bytes = Shadow(), 0
 
     def ship(
         self,
@@ -513,10 +522,12 @@ class LedCarrier:
         own = export.exporter
         problems: list[str] = []
         try:
-            shipped = ship(own.groups(params, own.owners(self.hosts.count)), shipment, self.shadow)
+            shipped = ship(share(own, params, self.shadow, keep), shipment, self.shadow)
         except ChannelError as error:
             problems, shipped = [str(error)], []
-        for entries, problem in self.hosts.answers(self.deadline_s):
+        self.device_bytes = own.device_bytes
+        for entries, problem, device_bytes in self.hosts.answers(self.deadline_s):
+            self.device_bytes += device_bytes
             shipped += [TensorEntry(**entry) for entry in entries]
             problems += [problem] if problem else []
         if problems:
@@ -534,25 +545,35 @@ def ship_share(
     params: Params,
     invitation: str,
     shadow: Shadow,
+    keep: bool,
 ) -> None:
     """A follower's part of `LedCarrier.ship`."""
-    import jax
-
     from bridge.channels import ChannelError, join
     from bridge.publisher import ship
 
-    groups = exporter.groups(params, exporter.owners(jax.process_count()))
+    groups = share(exporter, params, shadow, keep)
     try:
         shipment = join(invitation)
     except ChannelError as error:
         for _ in groups:  # the mesh waits for every process
             pass
-        return hosts.answer([], str(error))
+        return hosts.answer([], str(error), exporter.device_bytes)
     try:
         shipped = ship(groups, shipment, shadow)
     except ChannelError as error:
-        return hosts.answer([], str(error))
-    return hosts.answer([dataclasses.asdict(entry) for entry in shipped], None)
+        return hosts.answer([], str(error), exporter.device_bytes)
+    entries = [dataclasses.asdict(entry) for entry in shipped]
+    return hosts.answer(entries, None, exporter.device_bytes)
+
+
+def share(exporter: Exporter, params: Params, shadow: Shadow, keep: bool) -> Iterator[Outgoing]:
+    """The groups of a version, of which this process gets those that it ships."""
+    import jax
+
+    owners = exporter.owners(jax.process_count())
+    if keep:
+        return exporter.groups_since(shadow, params, owners)
+    return exporter.groups(params, owners)
 
 
 @dataclass
@@ -602,7 +623,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     update = make_update(
         policy, optimizer, c.algorithm, c.update, c.rollout.temperature, mesh, state, frozen
     )
-    export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20)
+    export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20, c.publish.compare)
     export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
 
     def export_merged(params: Params) -> list[HostTensor]:

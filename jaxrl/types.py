@@ -87,6 +87,7 @@ class PublishReport:
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds of each
     pause_s: float = 0.0  # the longest that an engine sampled nothing
     base: int | None = None  # the version that it went as a difference from
+    device_bytes: int = 0  # that left the trainer's devices for it
 
 
 class TrainBatch(NamedTuple):

@@ -273,10 +273,13 @@ def test_processes_share_the_publishing_to_a_live_engine(tmp_path):
         f"--config={ROOT / 'configs' / 'arithmetic.yaml'}",
         *(f"--run.dir={tmp_path}", "--run.name=run", "--run.steps=2", "--eval.every_steps=0"),
         *("--publish.channel=shuttle", "--publish.encoding=delta", "--publish.bucket_mib=1"),
+        *("--publish.compare=mesh", "--publish.dtype=bfloat16", "--optimizer.learning_rate=1e-5"),
     ) as processes:
         ended(processes, 0, 0)
     steps = lines(tmp_path / "run")[1:]
     assert [line["publish/delta"] for line in steps] == [1, 1]
+    for line in steps:  # of 1,064,704 bytes
+        assert 0 < line["publish/bytes"] < line["publish/device_bytes"] < 200_000
     newest = tmp_path / "run" / "weights" / f"v{steps[-1]['weights/version']:08d}"
     assert json.loads((newest / "manifest.json").read_text())["base"] is not None
 

@@ -1,5 +1,6 @@
 """The plan of a run: against cases known by hand, and the figures of the trainer on a TPU slice."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,8 +13,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bridge import compare
+from bridge.export import Exporter
+from jaxrl.config import MeshSection
+from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import LoraConfig, load_config
-from jaxrl.models.params import param_specs, trained_specs
+from jaxrl.models.params import param_specs, trained_specs, tree_of
 from jaxrl.settings import load
 from jaxrl.types import UserError
 from tools.plan import topology
@@ -372,6 +377,40 @@ def test_temporaries_with_remat(with_remat):
     assert update.outputs - update.aliased < 1e5
     # The largest bucket, the embedding: every chip of several hosts has it whole, twice at most.
     assert export.peak < 2.2 * 151_936 * 1024 * 2
+
+
+def test_devices_compare_versions_by_themselves(devices):
+    """Nothing of a bucket's size but the two versions is in a device's memory, nor travels."""
+    mesh = make_mesh(MeshSection(fsdp=2, tensor=2), devices)
+    decoder = dataclasses.replace(load_config(SHAPES / "qwen3_0.6b"), num_layers=4)
+    specs = param_specs(decoder)
+    params = jax.tree.map(
+        lambda spec, lies: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=lies),
+        tree_of(specs),
+        param_shardings(specs, mesh),
+    )
+    exporter = Exporter(specs, "bfloat16", 128 << 20)
+    group = next(group for group in exporter.plan if group.layers > 1)
+    made = jax.eval_shape(exporter.program(group, params), *exporter.inputs(group, params))
+    layout = exporter.layout(made, mesh)
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(layout.shapes, layout.specs, strict=True)
+    ]
+
+    def compared(arrays, old):
+        new = compare.vector(layout, arrays)
+        words, counts = compare.found(layout, old, new)
+        return new, counts, compare.compact(layout, new, words, 1 << 17)
+
+    old = jax.eval_shape(lambda arrays: compare.vector(layout, arrays), arrays)
+    old = jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=layout.rows)
+    assert layout.rows.spec == P(("fsdp", "tensor")) and old.size >= group.nbytes // 2
+    compiled = _compile(jax.jit(compared).lower(arrays, old))
+    assert isinstance(compiled, Compiled) and not compiled.cost.collectives
+    shard = group.nbytes / 4
+    assert compiled.arguments + compiled.outputs < 3.2 * shard
+    assert compiled.temporaries < 4 * shard
 
 
 def test_collectives_are_those_of_fsdp(with_remat):
