@@ -30,7 +30,7 @@ Stacks = dict[str, jax.Array]  # of a group: by name, stacked by layer (and expe
 
 _T = TypeVar("_T")
 
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 _AHEAD = 1  # groups that the devices work on while the host takes another
 
 
@@ -180,7 +180,7 @@ class Exporter:
     def program(self, group: Group, params: Any, gather: bool = True) -> Any:
         """Jitted inputs -> tensors stacked by layer (and expert), by name, split over the mesh as
         parameters are; on a mesh of several processes every device has all of them if they are to
-        `gather`. On CPU they are not cast yet."""
+        `gather`. On CPU those that were transposed are not cast yet."""
         leaves, _ = self.inputs(group, params)
         specs = tuple((path, self._specs[path]) for path in leaves)
         return _program(specs, group.layers, self._dtype, self._mesh(params), gather)
@@ -329,7 +329,7 @@ def _program(
                 leaf = jax.lax.dynamic_slice_in_dim(leaf, start, layers, axis=0)
                 spec = dataclasses.replace(spec, shape=(layers, *spec.shape[1:]))
             # XLA's CPU backend would transpose and cast in one loop, at a third of the speed.
-            wire = leaf if on_cpu else leaf.astype(dtype)
+            wire = leaf if on_cpu and spec.inputs_first else leaf.astype(dtype)
             rows.setdefault(spec.hf_name, []).append(to_hf(spec, wire))
         whole = {
             name: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=firsts[name].stack)

@@ -289,7 +289,7 @@ class PublishSection(Section):
     anchor_every: int = knob(
         16, "deltas after which a version is whole again", unit="versions", ge=1
     )
-    bucket_mib: int = knob(256, "size of one buffer on the wire", unit="MiB", ge=1)
+    bucket_mib: int = knob(64, "size of one buffer on the wire", unit="MiB", ge=1)
     keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
     timeout_s: float = knob(120.0, "deadline for one publish", unit="seconds", gt=0.0)
     probe_tolerance: float | None = knob(

@@ -23,7 +23,7 @@ CONFIG = {
     "optimizer": {"learning_rate": 1e-6, "max_skipped_updates": 3},
     "mesh": {"data": 1},
     "vllm": {"engines": 1},
-    "publish": {"bucket_mib": 256},
+    "publish": {"bucket_mib": 64},
     "eval": {"every_steps": 10},
     "checkpoint": {"keep": 2},
     "log": {"tensorboard": True},
