@@ -150,6 +150,13 @@ class VllmSection(Section):
     start_timeout_s: float = knob(
         600.0, "deadline for an engine to be ready", unit="seconds", gt=0.0
     )
+    max_restarts: int = knob(
+        3,
+        "engines started in the place of one that is lost, one after the other; a new one joins at "
+        "the first publish after it is ready",
+        unit="engines",
+        ge=0,
+    )
 
 
 class AlgorithmSection(Section):
@@ -281,7 +288,25 @@ class PublishSection(Section):
     )
     bucket_mib: int = knob(256, "size of one buffer on the wire", unit="MiB", ge=1)
     keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
-    timeout_s: float = knob(120.0, "deadline for one publish", unit="seconds", gt=0.0)
+    timeout_s: float = knob(
+        120.0,
+        "deadline for an engine to fetch, load and prove a version; two fifths of it for the bytes "
+        "to arrive",
+        unit="seconds",
+        gt=0.0,
+    )
+    examine_every: int = knob(
+        16,
+        "versions from one for which every engine compares all that its model holds with what was "
+        "sent to the next; the first is one, as is an engine's first; 0: none",
+        unit="versions",
+        ge=0,
+    )
+    fallback: Literal["none", "shuttle"] = knob(
+        "none",
+        "shuttle: an engine that cannot have a version from the object store gets it, whole, "
+        "through publish.shuttle_dir",
+    )
     probe_tolerance: float | None = knob(
         None,
         "largest difference between engine and trainer log-probs on the probe prompt before an "
@@ -380,6 +405,11 @@ def contradictions(c: Config) -> list[str]:
             f"update.max_tokens_per_microbatch = {microbatch} is less than the longest sample: "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; make it at least "
             f"{longest}, or lower one of the two"
+        )
+    if c.publish.fallback != "none" and c.publish.channel != "object_store":
+        found.append(
+            f"publish.fallback = {c.publish.fallback} with publish.channel = {c.publish.channel}: "
+            "it is for publish.channel = object_store; set publish.fallback = none"
         )
     found += _contradictions_of_hosts(c.hosts)
     if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:

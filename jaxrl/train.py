@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.update import Metrics, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
+FROZEN = "frozen"  # directory of those weights, beside the versions in a shuttle
 MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
 
 
@@ -194,6 +195,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "publish/delta": int(report.base is not None),
             "publish/pause_s": report.pause_s,
             "publish/engines": report.engines,
+            "fleet/replaced": report.replaced,
+            "fleet/quarantined": report.quarantined,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
             "data/cursor": cursor,
             "data/skipped_too_long": skipped_too_long,
@@ -681,7 +684,7 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             gpus_per_engine=c.vllm.gpus_per_engine,
             start_timeout_s=c.vllm.start_timeout_s,
             request_timeout_s=c.rollout.timeout_s,
-            update_timeout_s=c.publish.timeout_s,
+            max_restarts=c.vllm.max_restarts,
             ray_address=c.vllm.ray_address,
             object_store_bytes=c.vllm.object_store_mib << 20,
         ),
@@ -697,6 +700,7 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
         ),
         engine_files(model_dir),
         expected_tensors(trained, c.wire_dtype),
+        warn,
     )
     fleet.start()
     return fleet
@@ -719,11 +723,15 @@ def connect_bridge(
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
 
-    channel = (
-        ObjectStoreChannel(c.publish.keep_versions)
-        if c.publish.channel == "object_store"
-        else ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions)
-    )
+    weights, keep = Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions
+    if c.publish.channel == "object_store":
+        channel, frozen_channel = ObjectStoreChannel(keep), ObjectStoreChannel(1)
+    else:
+        channel, frozen_channel = ShuttleChannel(weights, keep), ShuttleChannel(weights / FROZEN, 1)
+    fallback, frozen_fallback = None, None
+    if c.publish.fallback == "shuttle":
+        fallback = ShuttleChannel(weights, keep)
+        frozen_fallback = ShuttleChannel(weights / FROZEN, 1)
     # A Ray of this process's own is for this host alone, and what the others have goes through it.
     shared = not hosts.alone and (c.publish.channel == "shuttle" or c.vllm.ray_address is not None)
     publisher = Publisher(
@@ -733,14 +741,27 @@ def connect_bridge(
         learner.score,
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
+        timeout_s=c.publish.timeout_s,
+        examine_every=c.publish.examine_every,
+        fallback=fallback,
         encoder=Encoder(c.publish.encoding, c.publish.anchor_every),
         carrier=LedCarrier(hosts, c.publish.timeout_s) if shared else None,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+        warn=warn,
     )
     if learner.frozen is not None:
-        expected = expected_tensors(learner.specs, FROZEN_DTYPE)
-        publisher.publish_frozen(learner.export_frozen, learner.frozen, expected, next_version())
+        publisher.publish_frozen(
+            frozen_channel,
+            learner.export_frozen,
+            learner.frozen,
+            expected_tensors(learner.specs, FROZEN_DTYPE),
+            next_version(),
+            frozen_fallback,
+        )
     return publisher.publish
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def resume(

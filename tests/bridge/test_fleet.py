@@ -21,6 +21,7 @@ from bridge import fleet as fleet_module  # noqa: E402
 from bridge.channels import Ticket  # noqa: E402
 from bridge.engines.vllm import EngineDead, EngineError, RequestRefused, StaleVersion  # noqa: E402
 from bridge.fleet import Fleet, FleetError, FleetSettings  # noqa: E402
+from bridge.transaction import EngineFailed, EngineLost  # noqa: E402
 
 SAMPLING = Sampling(n=2, max_new_tokens=8, temperature=1.0, stop_tokens=())
 TICKET = Ticket("shuttle", 1, "0" * 64, "/nowhere")
@@ -51,6 +52,8 @@ class ScriptedEngine:
                 raise EngineDead(f"{self.name}: core gone")
             case "stale":
                 raise StaleVersion(f"{self.name}: stale")
+            case "slow":
+                await asyncio.sleep(3)
             case "stale once":
                 del self.script[method]
                 await asyncio.sleep(0.5)
@@ -74,7 +77,9 @@ class ScriptedEngine:
 
     def _rollout(self, request, seed):
         """Says in its tokens who sampled it, and for whom."""
-        tokens = np.array([int(self.name[-1]), request["tokens"][0], seed], np.int32)
+        tokens = np.array(
+            [int(self.name.split("-")[1].split(".")[0]), request["tokens"][0], seed], np.int32
+        )
         versions = np.full(3, request["version"], np.int64)
         return {
             "tokens": tokens,
@@ -89,16 +94,22 @@ class ScriptedEngine:
 
 
 @pytest.fixture
-def scripted(ray_cluster, engine_settings, monkeypatch):
+def warnings():
+    return []
+
+
+@pytest.fixture
+def scripted(ray_cluster, engine_settings, monkeypatch, warnings):
     """make(engines, script, **settings): a fleet of scripted engines, ready and serving."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr(fleet_module, "VllmEngine", ScriptedEngine)
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
     fleets = []
 
-    def make(engines, script, **settings):
+    def make(engines, script, max_restarts=0, **settings):
         model = {"script": json.dumps(script).encode()}
-        fleet = Fleet(FleetSettings(engines=engines, **settings), engine_settings, model, [])
+        settings = FleetSettings(engines=engines, max_restarts=max_restarts, **settings)
+        fleet = Fleet(settings, engine_settings, model, [], warn=warnings.append)
         fleets.append(fleet)
         fleet.start()
         fleet.wait_ready()
@@ -165,7 +176,7 @@ def test_a_request_that_crosses_an_update_is_sent_again(scripted):
     sampler = threading.Thread(target=lambda: found.extend(generate(fleet, 2)))
     sampler.start()
     time.sleep(0.2)
-    assert fleet.commit(2) == {"engine-0": {"version": 2}}
+    assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
     fleet.admit(["engine-0"], 2)
     sampler.join(20)
     assert_each_came_back_once(found, 2)
@@ -173,18 +184,21 @@ def test_a_request_that_crosses_an_update_is_sent_again(scripted):
     assert fleet.failures == {}
 
 
-def test_a_refused_version_is_a_value_and_the_engine_stays(scripted):
+def test_an_engine_that_refuses_a_version_serves_on(scripted):
     fleet = scripted(2, {"engine-1": {"stage": "error"}})
-    outcomes = fleet.stage(TICKET)
-    assert outcomes["engine-0"] is None and str(outcomes["engine-1"]) == "engine-1: torn"
-    assert fleet.alive == fleet.serving == ["engine-0", "engine-1"]
+    fleet.stage("engine-0", TICKET, 5.0, 20.0)
+    with pytest.raises(EngineFailed, match="engine-1: torn") as refusal:
+        fleet.stage("engine-1", TICKET, 5.0, 20.0)
+    assert not isinstance(refusal.value, EngineLost)
+    assert fleet.alive == fleet.serving == fleet.members() == ["engine-0", "engine-1"]
 
 
 def test_an_engine_without_the_version_cannot_be_admitted(scripted):
     fleet = scripted(2, {"engine-1": {"commit": "error"}})
-    outcomes = fleet.commit(2)
-    assert outcomes["engine-0"] == {"version": 2}
-    assert isinstance(outcomes["engine-1"], FleetError)
+    assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
+    with pytest.raises(EngineFailed):
+        fleet.commit("engine-1", 2, 20.0)
+    assert (fleet.holds("engine-0"), fleet.holds("engine-1")) == (2, 1)
     with pytest.raises(FleetError, match="engine-1 cannot be admitted at weight version 2"):
         fleet.admit(fleet.alive, 2)
     fleet.admit(["engine-0"], 2)
@@ -193,17 +207,101 @@ def test_an_engine_without_the_version_cannot_be_admitted(scripted):
 
 @pytest.mark.parametrize("deed", ["hang", "die", "dead"])
 def test_an_engine_lost_in_an_update_is_out(scripted, deed):
-    fleet = scripted(2, {"engine-1": {"commit": deed}}, update_timeout_s=2.0)
-    assert isinstance(fleet.commit(2)["engine-1"], FleetError)
+    fleet = scripted(2, {"engine-1": {"commit": deed}})
+    with pytest.raises(EngineLost, match="commit"):
+        fleet.commit("engine-1", 2, 2.0)
     assert fleet.alive == ["engine-0"] and "commit" in fleet.failures["engine-1"]
 
 
+def test_an_engine_that_is_asked_does_not_keep_another_from_answering(scripted):
+    fleet = scripted(2, {"engine-0": {"commit": "slow"}})
+    done = []
+
+    def commit(name):
+        fleet.commit(name, 2, 20.0)
+        done.append(name)
+
+    threads = [threading.Thread(target=commit, args=(name,)) for name in ("engine-0", "engine-1")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert done == ["engine-1", "engine-0"]
+
+
+def lose(fleet, name):
+    with pytest.raises(EngineLost):
+        fleet.commit(name, 2, 20.0)
+
+
+def test_a_lost_engine_is_replaced_as_often_as_it_may_be(scripted, warnings):
+    dies = {"commit": "die"}
+    script = {name: dies for name in ("engine-1", "engine-1.1", "engine-1.2")}
+    fleet = scripted(2, script, max_restarts=2)
+    lose(fleet, "engine-1")
+    assert fleet.alive == ["engine-0", "engine-1.1"]
+    assert "engine-1 died: commit" in warnings[0] and "engine-1.1 starts in its" in warnings[0]
+    assert fleet.wait_members() == ["engine-1.1"]
+    assert fleet.members() == ["engine-0", "engine-1.1"] and fleet.serving == ["engine-0"]
+    lose(fleet, "engine-1.1")
+    assert fleet.wait_members() == ["engine-1.2"]
+    lose(fleet, "engine-1.2")
+    assert "not replaced: vllm.max_restarts = 2" in warnings[2] and fleet.alive == ["engine-0"]
+    assert fleet.wait_members() == [] and fleet.replaced == 2
+
+
+def test_an_engine_lost_while_it_samples_is_replaced_and_its_work_done(scripted):
+    fleet = scripted(2, {"engine-1": {"generate": "die"}}, max_restarts=1)
+    assert_each_came_back_once(generate(fleet, 6), 6)
+    assert fleet.wait_members() == ["engine-1.1"] and fleet.serving == ["engine-0"]
+    for name in fleet.members():
+        fleet.commit(name, 2, 20.0)
+    fleet.admit(fleet.members(), 2)
+    assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1}
+
+
+@pytest.mark.parametrize("deed", ["hang", "error"])
+def test_a_replacement_that_does_not_start_is_replaced_too(scripted, deed):
+    script = {"engine-0": {"commit": "dead"}, "engine-0.1": {"start": deed}}
+    fleet = scripted(1, script, max_restarts=2, start_timeout_s=8.0)
+    lose(fleet, "engine-0")
+    joined = fleet.wait_members() or fleet.wait_members()  # the first wait is as long as a start
+    assert joined == ["engine-0.2"] and fleet.failures.keys() == {"engine-0", "engine-0.1"}
+
+
+def test_a_second_quarantine_in_one_place_is_final(scripted, warnings):
+    fleet = scripted(2, {}, max_restarts=9)
+    fleet.quarantine("engine-1", "its model.norm.weight is not what was sent")
+    assert fleet.serving == ["engine-0"] and "norm" in fleet.failures["engine-1"]
+    with pytest.raises(FleetError, match=r"engine-1 cannot be admitted .*quarantined.*norm"):
+        fleet.admit(["engine-1"], 1)
+    assert fleet.wait_members() == ["engine-1.1"]
+    fleet.quarantine("engine-1.1", "nor its successor's")
+    assert fleet.alive == ["engine-0"] and "not replaced" in warnings[1]
+    fleet.quarantine("engine-0", "another place is another matter")
+    assert fleet.alive == ["engine-0.1"] and fleet.quarantined == 3
+
+
+def test_engines_are_added_while_others_serve(scripted):
+    fleet = scripted(1, {})
+    fleet.add(2)
+    joined = fleet.wait_members()
+    while len(joined) < 2:
+        joined += fleet.wait_members()
+    assert sorted(joined) == ["engine-1", "engine-2"] and fleet.serving == ["engine-0"]
+    assert_each_came_back_once(generate(fleet, 4), 4)
+    fleet.admit(fleet.members(), 1)
+    assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1, 2}
+    assert fleet.replaced == 0
+
+
 @pytest.mark.parametrize(
-    ("deed", "reason"), [("die", "died"), ("hang", "deadline"), ("dead", "core gone")]
+    ("deed", "reason"),
+    [("die", "died"), ("hang", "deadline"), ("dead", "core gone"), ("error", "torn")],
 )
 def test_an_engine_that_does_not_start_is_named(scripted, deed, reason):
-    with pytest.raises(FleetError, match=f"engine-1 .*{reason}") as failure:
-        scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=8.0)
+    with pytest.raises(FleetError, match=f"engine-1.*{reason}") as failure:
+        scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=8.0, max_restarts=3)
     assert "engine-0" not in str(failure.value)
 
 
@@ -222,13 +320,15 @@ def real(ray_cluster, tiny, engine_settings):
     pytest.importorskip("vllm")
     from bridge.channels.object_store import ObjectStoreChannel
 
-    fleet = Fleet(FleetSettings(engines=2), engine_settings, tiny.files(), tiny.expected())
+    settings = FleetSettings(engines=2, max_restarts=0)
+    fleet = Fleet(settings, engine_settings, tiny.files(), tiny.expected())
     fleet.start()
     infos = fleet.wait_ready()
     channel = ObjectStoreChannel()
     ticket = channel.publish(*packed(tiny, 3))
-    assert fleet.stage(ticket) == {"engine-0": None, "engine-1": None}
-    assert {ack["digest"] for ack in fleet.commit(3).values()} == {ticket.digest}
+    for name in fleet.alive:
+        fleet.stage(name, ticket, 20.0, 60.0)
+        assert fleet.commit(name, 3, 60.0)["digest"] == ticket.digest
     fleet.admit(fleet.alive, 3)
     yield fleet, infos
     children = [
@@ -268,7 +368,7 @@ def test_an_engine_whose_core_is_killed_is_found_out(real):
         child.kill()
     with pytest.raises(FleetError, match=r"no engine is left.*engine-0 died.*engine-1 failed"):
         fleet.generate(prompts(2), SAMPLING, [0, 1])
-    assert fleet.alive == [] and fleet.score([1, 2]) == {}
+    assert fleet.alive == fleet.members() == fleet.wait_members() == []
 
 
 def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engine_settings):
