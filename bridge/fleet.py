@@ -302,7 +302,8 @@ class Fleet:
         What an engine did not finish goes to the others with the same seeds.
 
         Raises:
-          FleetError: no engine would serve one of the requests, or no engine is left.
+          EnginesGone: no engine is left.
+          FleetError: no engine would serve one of the requests.
         """
         requests = [
             _request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)

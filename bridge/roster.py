@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from jaxrl.types import RunError
+from jaxrl.types import EnginesGone, RunError
 
 
 class FleetError(RunError):
@@ -161,7 +161,8 @@ class Roster:
           was given counts as its load until `release`.
 
         Raises:
-          FleetError: nobody serves, or an update was not admitted within `timeout_s`.
+          EnginesGone: nobody serves.
+          FleetError: an update was not admitted within `timeout_s`.
         """
         with self._changed:
             if not self._changed.wait_for(self._decided, timeout_s):
@@ -169,7 +170,7 @@ class Roster:
                     f"the engines loaded new weights and none was admitted within {timeout_s:g} s"
                 )
             if not self._serving or self._version is None:
-                raise FleetError(self._why_nobody_serves())
+                raise EnginesGone(self._why_nobody_serves())
             shares: dict[str, list[int]] = {}
             for index, cost in enumerate(costs):
                 name = min(sorted(self._serving), key=lambda name: self._engines[name].load)

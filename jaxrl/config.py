@@ -5,7 +5,7 @@ in it. Models are frozen and strict, and a key that is not listed is an error.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
     """A field with its meaning and unit, which `--help` prints. `...` as default: required."""
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+
+
+EngineDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -121,8 +124,10 @@ class RolloutSection(Section):
 
 class VllmSection(Section):
     engines: int = knob(1, "vLLM engines, each one Ray actor", unit="engines", ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU"
+    dtype: EngineDtype | Annotated[list[EngineDtype], Field(min_length=1)] = knob(
+        "auto",
+        "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU. Of a list the engines "
+        "take one item each, and start again from the first",
     )
     tensor_parallel: int = knob(1, "devices one engine is split over", unit="devices", ge=1)
     max_num_seqs: int = knob(256, "completions decoded at the same time", unit="completions", ge=1)
@@ -363,11 +368,16 @@ class Config(Section):
         return self.rollout.prompts_per_step * self.rollout.group_size
 
     @property
+    def engine_dtypes(self) -> list[str]:
+        """What the engines run in, one after the other, `auto` resolved."""
+        given = self.vllm.dtype if isinstance(self.vllm.dtype, list) else [self.vllm.dtype]
+        auto = "bfloat16" if self.vllm.gpus_per_engine else "float32"
+        return [auto if dtype == "auto" else dtype for dtype in given]
+
+    @property
     def engine_dtype(self) -> str:
-        """What the engines run in, `auto` resolved."""
-        if self.vllm.dtype != "auto":
-            return self.vllm.dtype
-        return "bfloat16" if self.vllm.gpus_per_engine else "float32"
+        """The widest that an engine runs in."""
+        return "float32" if "float32" in self.engine_dtypes else self.engine_dtypes[0]
 
     @property
     def kv_cache_bytes(self) -> int | None:
@@ -391,7 +401,7 @@ class Config(Section):
         """Nats, the default resolved: a wrong tensor shows as whole nats, rounding does not."""
         if self.publish.probe_tolerance is not None:
             return self.publish.probe_tolerance
-        exact = self.engine_dtype == self.wire_dtype == "float32"
+        exact = {*self.engine_dtypes, self.wire_dtype} == {"float32"}
         return 1e-4 if exact and self.model.compute_dtype != "bfloat16" else 0.5
 
 

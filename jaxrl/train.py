@@ -25,7 +25,7 @@ from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
 from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
 from jaxrl.settings import Command, describe, parse_command_line, to_yaml
-from jaxrl.types import Group, Prompt, RunError, Sampling, TrainBatch, UserError
+from jaxrl.types import EnginesGone, Group, Prompt, RunError, Sampling, TrainBatch, UserError
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jax.sharding import Mesh
@@ -142,7 +142,13 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     clock, rollouts = Clock(), begin(prompts)
 
     for step in range(first_step + 1, c.run.steps + 1):
-        groups = rollouts()
+        try:
+            groups = rollouts()
+        except EnginesGone as error:
+            warn(f"step {step}: {error}; sampling it again")
+            version = parts.next_version()
+            parts.publish(state.params, version)
+            groups = begin(prompts)()
         clock.lap("rollout")
         lag_max = lag(groups, version)
         if lag_max > MAX_LAG:
@@ -688,16 +694,19 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             ray_address=c.vllm.ray_address,
             object_store_bytes=c.vllm.object_store_mib << 20,
         ),
-        EngineSettings(
-            dtype=c.engine_dtype,
-            max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
-            max_num_seqs=c.vllm.max_num_seqs,
-            kv_cache_bytes=c.kv_cache_bytes,
-            gpu_memory_utilization=c.vllm.gpu_memory_utilization,
-            tensor_parallel=c.vllm.tensor_parallel,
-            enforce_eager=c.vllm.enforce_eager,
-            lora=None if lora is None else adapter_config(lora, trained, c.model.path),
-        ),
+        [
+            EngineSettings(
+                dtype=dtype,
+                max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
+                max_num_seqs=c.vllm.max_num_seqs,
+                kv_cache_bytes=c.kv_cache_bytes,
+                gpu_memory_utilization=c.vllm.gpu_memory_utilization,
+                tensor_parallel=c.vllm.tensor_parallel,
+                enforce_eager=c.vllm.enforce_eager,
+                lora=None if lora is None else adapter_config(lora, trained, c.model.path),
+            )
+            for dtype in c.engine_dtypes
+        ],
         engine_files(model_dir),
         expected_tensors(trained, c.wire_dtype),
         warn,

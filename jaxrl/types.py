@@ -27,6 +27,10 @@ class RunError(Exception):
     where, and the way out."""
 
 
+class EnginesGone(RunError):
+    """No engine is left that serves. After another publish those in their place may."""
+
+
 class UserError(RunError):
     """Something the user can put right: a setting, a file, a missing package."""
 

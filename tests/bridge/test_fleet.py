@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl.types import Prompt, Sampling
+from jaxrl.types import EnginesGone, Prompt, Sampling
 from tests.bridge.conftest import packed
 
 ray = pytest.importorskip("ray")
@@ -159,7 +159,7 @@ def test_what_a_failing_engine_had_goes_to_the_others(scripted, deed):
 def test_when_none_is_left_the_error_says_why(scripted):
     script = {"engine-0": {"generate": "die"}, "engine-1": {"generate": "dead"}}
     fleet = scripted(2, script)
-    with pytest.raises(FleetError, match=r"no engine is left.*engine-0 died.*core gone.*logs/"):
+    with pytest.raises(EnginesGone, match=r"no engine is left.*engine-0 died.*core gone.*logs/"):
         generate(fleet, 4)
 
 
@@ -366,7 +366,7 @@ def test_an_engine_whose_core_is_killed_is_found_out(real):
     fleet, infos = real
     for child in descendants(infos[1]["pid"]):
         child.kill()
-    with pytest.raises(FleetError, match=r"no engine is left.*engine-0 died.*engine-1 failed"):
+    with pytest.raises(EnginesGone, match=r"no engine is left.*engine-0 died.*engine-1 failed"):
         fleet.generate(prompts(2), SAMPLING, [0, 1])
     assert fleet.alive == fleet.members() == fleet.wait_members() == []
 

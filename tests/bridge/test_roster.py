@@ -6,6 +6,7 @@ import time
 import pytest
 
 from bridge.roster import Engine, FleetError, Roster
+from jaxrl.types import EnginesGone
 
 
 @pytest.fixture
@@ -93,6 +94,6 @@ def test_when_the_last_engine_fails_nobody_waits(roster):
     roster.suspend()
     started = time.monotonic()
     threading.Timer(0.1, lambda: [roster.end(name, f"{name} died") for name in "abc"]).start()
-    with pytest.raises(FleetError, match=r"no engine is left .* a died; b died; c died.*logs/"):
+    with pytest.raises(EnginesGone, match=r"no engine is left .* a died; b died; c died.*logs/"):
         roster.assign([1], timeout_s=30)
     assert time.monotonic() - started < 5
