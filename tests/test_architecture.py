@@ -32,7 +32,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.placing"],
     ["jaxrl.rewards.tasks"],
     ["jaxrl.rewards", "jaxrl.collect", "bridge.checkpoints", "bridge.export", "bridge.peft"],
-    ["jaxrl.update", "jaxrl.sampler"],
+    ["jaxrl.update", "jaxrl.sampler", "bridge.channels.layout"],
     [
         "bridge.channels.object_store",
         "bridge.channels.shuttle",
@@ -81,6 +81,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.receive": HEAVY,
     "bridge.transaction": HEAVY,
     "bridge.publisher": TRAINER,
+    "bridge.channels.layout": HEAVY,
     "bridge.channels.shuttle": HEAVY,
     "bridge.channels.object_store": WORKER | {"torch", "vllm"},
     "bridge.torch_view": WORKER | {"vllm", "ray"},
