@@ -260,6 +260,7 @@ def test_what_versions_are_kept():
     assert live(chain, 1) == {5, 6, 8} == live(chain, 3)
     assert live(chain, 4) == {1, 2, 3, 5, 6, 8}
     assert live({4: 3}, 1) >= {4}  # its base was lost
+    assert live(chain, 1, {3}) == {1, 2, 3, 5, 6, 8} and live(alone, 1, {3, 9}) == {3, 7}
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,11 +60,12 @@ class Ticket:
         return ticket
 
 
-def live(bases: Mapping[int, int | None], keep: int) -> set[int]:
-    """Of versions and what each is based on: the newest `keep`, and all that those need."""
+def live(bases: Mapping[int, int | None], keep: int, pinned: Collection[int] = ()) -> set[int]:
+    """Of versions and what each is based on: the newest `keep`, those pinned, and all that they
+    need."""
     needed: set[int] = set()
-    for newest in sorted(bases)[-keep:]:
-        version: int | None = newest
+    for kept in {*sorted(bases)[-keep:], *(bases.keys() & pinned)}:
+        version: int | None = kept
         while version is not None and version not in needed:
             needed.add(version)
             version = bases.get(version)
@@ -102,7 +103,26 @@ class Shipment(Protocol):
 
 
 class Channel(ABC):
-    """The sending half of a channel. The receiving half is a module function, `fetch`."""
+    """The sending half of a channel. The receiving half is a module function, `fetch`.
+
+    The newest `keep_versions` versions can be fetched, those that are pinned, and all that any of
+    them is based on. What is not among them is dropped when a version is finished, and not before:
+    until then an engine may join with the version that the new one is to replace.
+    """
+
+    def __init__(self, keep_versions: int):
+        if keep_versions < 1:
+            raise ValueError(f"keep_versions = {keep_versions}: the newest version must be kept")
+        self._keep = keep_versions
+        self._pinned: set[int] = set()
+
+    def pin(self, version: int) -> None:
+        """Keeps `version`, if it is there or will be, however many come after it."""
+        self._pinned.add(version)
+
+    def unpin(self, version: int) -> None:
+        """Lets `version` go with the next that is finished, unless it is among the newest."""
+        self._pinned.discard(version)
 
     @abstractmethod
     def begin(self, version: int, buckets: int, nbytes: int) -> Shipment:

@@ -45,7 +45,13 @@ class Shelf:
         self._coming.setdefault(version, {})[bucket] = refs[0]
 
     def finish(
-        self, version: int, base: int | None, manifest: list[Any], buckets: int, keep: int
+        self,
+        version: int,
+        base: int | None,
+        manifest: list[Any],
+        buckets: int,
+        keep: int,
+        pinned: set[int],
     ) -> list[int]:
         """Makes a version readable; returns the buckets that it lacks, and then it is not."""
         coming = self._coming.pop(version, {})
@@ -53,7 +59,7 @@ class Shelf:
         if not missing:
             self._refs[version] = [*manifest, *(coming[i] for i in range(buckets))]
             self._bases[version] = base
-            for old in self._refs.keys() - live(self._bases, keep):
+            for old in self._refs.keys() - live(self._bases, keep, pinned):
                 del self._refs[old], self._bases[old]
         return missing
 
@@ -66,17 +72,19 @@ class Shelf:
 
 
 class ObjectStoreChannel(Channel):
-    """Keeps the newest `keep_versions` versions, and those that they are based on, in the object
-    store of the trainer's node.
+    """Keeps versions in the object store of the trainer's node.
+
+    With whole versions it holds, beside those pinned, at most `keep_versions` of them and the one
+    that is on its way. What was dropped stays in memory, not to be fetched, for as long as a reader
+    on this node has it mapped: that is one version more where an engine was left out of the last.
 
     Ray must be initialised in this process before the first `begin`.
     """
 
     def __init__(self, keep_versions: int = 2):
-        if keep_versions < 1:
-            raise ValueError(f"keep_versions = {keep_versions}: the newest version must be kept")
-        self._keep = keep_versions
+        super().__init__(keep_versions)
         self._newest = -1
+        self._nbytes: dict[int, int] = {}  # of each version that was begun
         self._name = f"weights-{uuid.uuid4().hex}"
         self._shelf: Any = None
 
@@ -87,12 +95,14 @@ class ObjectStoreChannel(Channel):
                 f"weight version {version} cannot be published after version {self._newest}: "
                 "versions only grow"
             )
-        _check_capacity(version, nbytes, self._keep)
+        pinned = sum(self._nbytes.get(other, 0) for other in self._pinned)
+        _check_capacity(version, nbytes, self._keep, pinned)
         with _plain_errors(version, "begun"):
             self._shelf = self._shelf or self._start_shelf()
         self._newest = version
+        self._nbytes[version] = nbytes
         address = json.dumps({"gcs": ray.get_runtime_context().gcs_address, "shelf": self._name})
-        return ObjectStoreShipment(self._shelf, version, self._keep, address)
+        return ObjectStoreShipment(self._shelf, version, self._keep, self._pinned, address)
 
     def close(self) -> None:
         if self._shelf is not None:
@@ -109,8 +119,9 @@ class ObjectStoreChannel(Channel):
 class ObjectStoreShipment:
     """See `bridge.channels.Shipment`."""
 
-    def __init__(self, shelf: Any, version: int, keep: int, address: str):
-        self._shelf, self._version, self._keep, self._address = shelf, version, keep, address
+    def __init__(self, shelf: Any, version: int, keep: int, pinned: set[int], address: str):
+        self._shelf, self._version, self._address = shelf, version, address
+        self._keep, self._pinned = keep, pinned
         self._done = False
 
     def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
@@ -124,7 +135,8 @@ class ObjectStoreShipment:
         with _plain_errors(self._version, "finished"):
             text = [ray.put(manifest.to_json())]
             base = None if manifest.base is None else manifest.base.version
-            missing = _wait(self._shelf.finish.remote(self._version, base, text, count, self._keep))
+            rules = (self._keep, self._pinned)
+            missing = _wait(self._shelf.finish.remote(self._version, base, text, count, *rules))
         if missing:
             raise ChannelError(
                 f"weight version {self._version} lacks buckets {missing} of {count}: they were "
@@ -152,7 +164,7 @@ def join(invitation: dict[str, Any]) -> ObjectStoreShipment:
         _join(gcs)
         shelf = ray.get_actor(name, namespace=name)
     address = json.dumps({"gcs": gcs, "shelf": name})
-    return ObjectStoreShipment(shelf, version, invitation["keep"], address)
+    return ObjectStoreShipment(shelf, version, invitation["keep"], set(), address)
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
@@ -215,8 +227,9 @@ def _plain_bytes(data: np.ndarray) -> np.ndarray:
     return data
 
 
-def _check_capacity(version: int, nbytes: int, keep: int) -> None:
-    """Raises ChannelError unless this node's object store can hold `keep` + 1 such versions.
+def _check_capacity(version: int, nbytes: int, keep: int, pinned: int) -> None:
+    """Raises ChannelError unless this node's object store can hold `keep` + 1 such versions, and
+    `pinned` bytes of others.
 
     One more than are kept, because the oldest goes when the newest is there. Ray itself would not
     refuse: it would spill to disk, and every engine would read from there.
@@ -224,11 +237,11 @@ def _check_capacity(version: int, nbytes: int, keep: int) -> None:
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     have = int(node["Resources"].get("object_store_memory", 0))
-    need = (keep + 1) * nbytes
+    need = (keep + 1) * nbytes + pinned
     if need > have:
         raise ChannelError(
             f"weight version {version}: {keep} versions to keep and one on its way, of {nbytes} "
-            f"bytes each, need {need} bytes, and the object store of this node has {have}; give "
-            "Ray a larger one (object_store_memory), keep fewer versions, or use the shuttle "
-            "channel"
+            f"bytes each, and {pinned} bytes of versions that are pinned, need {need} bytes, and "
+            f"the object store of this node has {have}; give Ray a larger one "
+            "(object_store_memory), keep fewer versions, or use the shuttle channel"
         )

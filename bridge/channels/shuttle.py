@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,20 @@ _POLL_S = 0.05
 
 
 class ShuttleChannel(Channel):
-    """Writes versions under `root`; removes all but the newest `keep_versions` and their bases.
+    """Writes versions under `root`, and removes old ones there, those of earlier runs too.
 
     On a network filesystem a removed file disappears under a reader that has it mapped: keep at
     least the version being served and the one being staged.
     """
 
     def __init__(self, root: Path, keep_versions: int = 2):
-        if keep_versions < 1:
-            raise ValueError(f"keep_versions = {keep_versions}: the newest version must be kept")
+        super().__init__(keep_versions)
         self._root = Path(root).absolute()
-        self._keep = keep_versions
 
     def begin(self, version: int, buckets: int, nbytes: int) -> "ShuttleShipment":
         """See `Channel.begin`."""
         final = self._root / directory_name(version)
-        shipment = ShuttleShipment(final, buckets, nbytes, self._keep)
+        shipment = ShuttleShipment(final, buckets, nbytes, self._keep, self._pinned)
         with shipment.plain_errors():
             self._root.mkdir(parents=True, exist_ok=True)
             self._clear_temporaries()
@@ -66,8 +64,11 @@ class ShuttleChannel(Channel):
 class ShuttleShipment:
     """See `bridge.channels.Shipment`. A bucket is a file; the manifest comes last."""
 
-    def __init__(self, final: Path, buckets: int, nbytes: int, keep: int):
-        self._final, self._buckets, self._nbytes, self._keep = final, buckets, nbytes, keep
+    def __init__(
+        self, final: Path, buckets: int, nbytes: int, keep: int, pinned: Collection[int] = ()
+    ):
+        self._final, self._buckets, self._nbytes = final, buckets, nbytes
+        self._keep, self._pinned = keep, pinned
         self.partial = final.with_name(f"{_TEMPORARY}{final.name}")
         self._done = False
 
@@ -112,7 +113,7 @@ class ShuttleShipment:
             if (match := VERSION_DIR.fullmatch(path.name))
         }
         bases = {version: _base(path) for version, path in versions.items()}
-        for version in versions.keys() - live(bases, self._keep):
+        for version in versions.keys() - live(bases, self._keep, self._pinned):
             old = versions[version]
             # Renamed first, so that no reader meets half a version. What cannot be removed now is
             # removed at the next publish, and does not spoil this one.

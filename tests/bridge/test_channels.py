@@ -113,6 +113,17 @@ def test_a_fetched_version_outlives_its_being_dropped(channel):
     assert_same(unpack(manifest, buckets), weights(1))
 
 
+def test_a_pinned_version_stays_until_it_is_let_go(channel):
+    channel.pin(1)
+    pinned, other, *_ = [mail(channel.publish(*pack(v, version=v))) for v in (1, 2, 3, 4)]
+    assert_same(unpack(*channels.fetch(pinned, DEADLINE_S)), weights(1))
+    channel.unpin(1)
+    channel.publish(*pack(5, version=5))
+    for dropped in (pinned, other):
+        with pytest.raises(ChannelError, match=rf"version {dropped.version}\b"):
+            channels.fetch(dropped, 0.3)
+
+
 def test_a_version_is_published_once(channel):
     ticket = mail(channel.publish(*pack(1, version=1)))
     with pytest.raises(ChannelError, match=r"version 1 (exists|cannot be published)"):
@@ -168,8 +179,14 @@ def test_the_object_store_refuses_what_it_cannot_hold(ray_cluster):
     manifest, _ = pack(1, version=1)
     need = 10**15
     huge = wire.Manifest(1, manifest.tensors, (need,), manifest.digest)
+    channel = ObjectStoreChannel(keep_versions=2)
     with pytest.raises(ChannelError, match=rf"{3 * need} bytes.*object_store_memory"):
-        ObjectStoreChannel(keep_versions=2).publish(huge, [])
+        channel.publish(huge, [])
+    channel.pin(1)
+    channel.publish(*pack(1, version=1))
+    with pytest.raises(ChannelError, match=rf"need {3 * need + manifest.nbytes} bytes"):
+        channel.begin(2, 1, need)
+    channel.close()
 
 
 def read_json(ticket: Ticket, name: str) -> dict:
