@@ -233,7 +233,7 @@ class Publisher:
           bridge.channels.ChannelError: the channel could not carry the version.
         """
         began = time.perf_counter()
-        manifest, ticket = self._send(self._channel, self._export, params, version, self._encoder)
+        manifest, ticket = self._send(self._export, params, version, self._encoder)
         sent = Sent(ticket, self._fallback)
         phases = {"ship": time.perf_counter() - began}
         every = self._examine_every
@@ -273,31 +273,24 @@ class Publisher:
             quarantined=self._engines.quarantined,
         )
 
-    def publish_frozen(
-        self,
-        channel: Channel,
-        export: Export,
-        params: Any,
-        expected: Expected,
-        version: int,
-        fallback: Channel | None = None,
-    ) -> None:
+    def publish_frozen(self, export: Export, params: Any, expected: Expected, version: int) -> None:
         """Ships the weights that never change, which every engine loads ahead of its first version.
 
-        Args:
-          channel, fallback: of their own, because engines that are started later need them too,
-            when a channel of many versions would have dropped them.
+        They stay in the channel, for engines that are started later.
 
         Raises:
           bridge.channels.ChannelError: the channel could not carry them.
         """
-        _, ticket = self._send(channel, export, params, version, Encoder())
-        self._frozen = Sent(ticket, fallback, expected)
+        for channel in (self._channel, self._fallback):
+            if channel is not None:
+                channel.pin(version)
+        _, ticket = self._send(export, params, version, Encoder())
+        self._frozen = Sent(ticket, self._fallback, expected)
 
     def _send(
-        self, channel: Channel, export: Export, params: Any, version: int, encoder: Encoder
+        self, export: Export, params: Any, version: int, encoder: Encoder
     ) -> tuple[Manifest, Ticket]:
-        shipment = channel.begin(version, len(export.plan), export.nbytes)
+        shipment = self._channel.begin(version, len(export.plan), export.nbytes)
         try:
             base = encoder.base()
             shipped = self._carrier.ship(export, params, shipment, base, encoder.deltas)

@@ -52,7 +52,6 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.update import Metrics, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
-FROZEN = "frozen"  # directory of those weights, beside the versions in a shuttle
 MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
 
 
@@ -732,40 +731,28 @@ def connect_bridge(
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
 
-    weights, keep = Path(c.publish.shuttle_dir or run_dir.weights), c.publish.keep_versions
-    if c.publish.channel == "object_store":
-        channel, frozen_channel = ObjectStoreChannel(keep), ObjectStoreChannel(1)
-    else:
-        channel, frozen_channel = ShuttleChannel(weights, keep), ShuttleChannel(weights / FROZEN, 1)
-    fallback, frozen_fallback = None, None
-    if c.publish.fallback == "shuttle":
-        fallback = ShuttleChannel(weights, keep)
-        frozen_fallback = ShuttleChannel(weights / FROZEN, 1)
+    keep = c.publish.keep_versions
+    shuttle = ShuttleChannel(Path(c.publish.shuttle_dir or run_dir.weights), keep)
+    stored = c.publish.channel == "object_store"
     # A Ray of this process's own is for this host alone, and what the others have goes through it.
     shared = not hosts.alone and (c.publish.channel == "shuttle" or c.vllm.ray_address is not None)
     publisher = Publisher(
         learner.export,
-        channel,
+        ObjectStoreChannel(keep) if stored else shuttle,
         fleet,
         learner.score,
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
         timeout_s=c.publish.timeout_s,
         examine_every=c.publish.examine_every,
-        fallback=fallback,
+        fallback=shuttle if c.publish.fallback == "shuttle" else None,
         encoder=Encoder(c.publish.encoding, c.publish.anchor_every),
         carrier=LedCarrier(hosts, c.publish.timeout_s) if shared else None,
         warn=warn,
     )
     if learner.frozen is not None:
-        publisher.publish_frozen(
-            frozen_channel,
-            learner.export_frozen,
-            learner.frozen,
-            expected_tensors(learner.specs, FROZEN_DTYPE),
-            next_version(),
-            frozen_fallback,
-        )
+        expected = expected_tensors(learner.specs, FROZEN_DTYPE)
+        publisher.publish_frozen(learner.export_frozen, learner.frozen, expected, next_version())
     return publisher.publish
 
 

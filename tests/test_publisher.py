@@ -76,6 +76,7 @@ class FakeChannel(Channel):
     """Versions in memory."""
 
     def __init__(self):
+        super().__init__(keep_versions=1)
         self.versions, self.puts, self.aborted = {}, 0, 0
         self.full_at = None  # bucket that there is no room for
 
@@ -484,12 +485,9 @@ EXPECTED = [("w", "float32", (4,))]
 
 def test_every_engine_loads_the_frozen_weights_ahead_of_its_first_version():
     publisher, fleet, warnings = make(a=FakeEngine())
-    frozen = FakeChannel()
     loaded = []
-    fleet.channel.read, read = lambda ticket: both[ticket.version](ticket), fleet.channel.read
-    both = {3: frozen.read, 4: read, 5: read}
     fleet.stage, stage = lambda *asked: loaded.append(asked[:2]) or stage(*asked), fleet.stage
-    publisher.publish_frozen(frozen, Export(), params(), EXPECTED, 3)
+    publisher.publish_frozen(Export(), params(), EXPECTED, 3)
     assert not fleet.asked["a"] and not fleet.serving
     publisher.publish(params(1), 4)
     fleet.engines["b"], fleet.asked["b"] = FakeEngine(), []
@@ -506,7 +504,7 @@ def test_every_engine_loads_the_frozen_weights_ahead_of_its_first_version():
 def test_an_engine_that_does_not_get_the_frozen_weights_is_named(fault):
     engine, said = faulty(fault)
     publisher, fleet, warnings = make(good=FakeEngine(), bad=engine)
-    publisher.publish_frozen(fleet.channel, Export(), params(), EXPECTED, 7)
+    publisher.publish_frozen(Export(), params(), EXPECTED, 7)
     publisher.publish(params(), 8)
     assert len(warnings) == 1 and "bad: " in warnings[0] and re.search(said, warnings[0])
     assert "when staged" in warnings[0] and fleet.serving == {"good": 8}
@@ -517,7 +515,7 @@ NAMES = tuple("abcdefghij")
 
 def test_every_group_is_a_bucket_in_the_order_of_the_export():
     publisher, fleet, _ = make(a=FakeEngine())
-    publisher.publish_frozen(fleet.channel, Export(NAMES), params(), EXPECTED, 0)
+    publisher.publish_frozen(Export(NAMES), params(), EXPECTED, 0)
     manifest, data = fleet.channel.versions[0]
     assert [(entry.name, entry.bucket) for entry in manifest.tensors] == [
         (name, index) for index, name in enumerate(NAMES)
@@ -540,12 +538,24 @@ def test_a_bucket_that_cannot_be_put_ends_the_publish_and_the_export_is_still_ta
     publisher, fleet, _ = make(a=FakeEngine())
     fleet.channel.full_at, export = full_at, Export(NAMES)
     with pytest.raises(ChannelError, match="no space"):
-        publisher.publish_frozen(fleet.channel, export, params(), EXPECTED, 0)
+        publisher.publish_frozen(export, params(), EXPECTED, 0)
     assert export.taken == len(NAMES) and fleet.channel.puts <= full_at + 3
     assert fleet.channel.aborted == 1
     fleet.channel.full_at = None
-    publisher.publish_frozen(fleet.channel, export, params(), EXPECTED, 1)
+    publisher.publish_frozen(export, params(), EXPECTED, 1)
     verify(*fleet.channel.versions[1])
+
+
+def test_frozen_weights_outlive_the_versions_that_come_after_them(tmp_path):
+    """In the fallback too, for an engine that joins late and cannot use the channel."""
+    publisher, fleet, warnings = make_with_fallback(tmp_path, a=FakeEngine("fetch"))
+    publisher.publish_frozen(Export(), params(), EXPECTED, 1)
+    for version in range(2, 7):
+        publisher.publish(params(version), version)
+    fleet.engines |= {"b": FakeEngine("fetch"), "c": FakeEngine()}
+    fleet.asked |= {"b": [], "c": []}
+    assert publisher.publish(params(7), 7).engines == 3 and not warnings
+    assert fleet.asked["c"] == ["stage", "commit", "stage", "commit", "score"]
 
 
 def test_no_state_can_be_left_out_and_what_has_ended_stays_so():
