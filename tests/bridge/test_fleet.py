@@ -1,6 +1,7 @@
 """The fleet against engines that fail: real ones that are killed, scripted ones that misbehave."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -18,10 +19,16 @@ ray = pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
 from bridge import fleet as fleet_module  # noqa: E402
-from bridge.channels import Ticket  # noqa: E402
+from bridge.channels import ChannelError, Ticket  # noqa: E402
+from bridge.channels.object_store import ObjectStoreChannel  # noqa: E402
+from bridge.channels.shuttle import ShuttleChannel  # noqa: E402
+from bridge.encoding import Encoder  # noqa: E402
 from bridge.engines.vllm import EngineDead, EngineError, RequestRefused, StaleVersion  # noqa: E402
 from bridge.fleet import Fleet, FleetError, FleetSettings  # noqa: E402
+from bridge.publisher import Publisher  # noqa: E402
+from bridge.receive import Receiver  # noqa: E402
 from bridge.transaction import EngineFailed, EngineLost  # noqa: E402
+from bridge.wire import HostTensor  # noqa: E402
 
 SAMPLING = Sampling(n=2, max_new_tokens=8, temperature=1.0, stop_tokens=())
 TICKET = Ticket("shuttle", 1, "0" * 64, "/nowhere")
@@ -102,18 +109,19 @@ def warnings():
 def scripted(ray_cluster, engine_settings, monkeypatch, warnings):
     """make(engines, script, **settings): a fleet of scripted engines, ready and serving."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    monkeypatch.setattr(fleet_module, "VllmEngine", ScriptedEngine)
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
     fleets = []
 
-    def make(engines, script, max_restarts=0, **settings):
+    def make(engines, script, max_restarts=0, engine=ScriptedEngine, serving=1, **settings):
+        monkeypatch.setattr(fleet_module, "VllmEngine", engine)
         model = {"script": json.dumps(script).encode()}
         settings = FleetSettings(engines=engines, max_restarts=max_restarts, **settings)
         fleet = Fleet(settings, engine_settings, model, [], warn=warnings.append)
         fleets.append(fleet)
         fleet.start()
         fleet.wait_ready()
-        fleet.admit(fleet.alive, 1)
+        if serving is not None:
+            fleet.admit(fleet.alive, serving)
         return fleet
 
     yield make
@@ -305,6 +313,73 @@ def test_an_engine_that_does_not_start_is_named(scripted, deed, reason):
     assert "engine-0" not in str(failure.value)
 
 
+class FetchingEngine(ScriptedEngine):
+    """Really fetches, in a process of its own; with "elsewhere" it looks for the wrong shelf."""
+
+    def __init__(self, name, settings, model):
+        super().__init__(name, settings, model)
+        self.version, self.receiver, self.found = None, Receiver(), None
+
+    async def stage(self, ticket_json, expected, deadline_s):
+        await self._act("stage")
+        ticket = Ticket.from_json(ticket_json)
+        if self.script.get("stage") == "elsewhere" and ticket.channel == "object_store":
+            address = json.loads(ticket.address) | {"shelf": "another"}
+            ticket = dataclasses.replace(ticket, address=json.dumps(address))
+        try:
+            self.found = self.receiver.receive(ticket, deadline_s)
+        except ChannelError as error:
+            raise EngineError(f"{self.name}: {error}") from error
+
+    async def commit(self, version):
+        return await super().commit(version) | {"digest": self.found.digest}
+
+    async def score(self, tokens):
+        return self.found.data[0].view(np.float32)[np.array(tokens)]
+
+
+class Export:
+    plan, nbytes = ("a", "b"), 2 * 64 * 4
+
+    def groups(self, params):
+        for name in self.plan:
+            yield [HostTensor(name, "float32", params.shape, params.view(np.uint8).copy())]
+
+
+def test_engines_that_cannot_use_the_object_store_or_die_cost_a_run_no_version(
+    scripted, warnings, tmp_path
+):
+    script = {"engine-1": {"stage": "elsewhere"}, "engine-2": {"commit": "die"}}
+    fleet = scripted(3, script, max_restarts=1, engine=FetchingEngine, serving=None)
+    channel = ObjectStoreChannel(keep_versions=1)
+    publisher = Publisher(
+        Export(),
+        channel,
+        fleet,
+        lambda params, tokens: params[np.array(tokens)],
+        probe=(1, 2, 3),
+        probe_tolerance=0.0,
+        fallback=ShuttleChannel(tmp_path),
+        encoder=Encoder("delta"),
+        warn=warnings.append,
+    )
+    params = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    states = []
+    for version in (1, 2, 3):
+        params[version] += 1
+        report = publisher.publish(params, version)
+        assert {o.digest for o in report.outcomes.values() if o.digest} == {report.digest}
+        states.append({name: outcome.state for name, outcome in report.outcomes.items()})
+        if version == 1:
+            assert fleet.wait_members() == ["engine-2.1"]
+    channel.close()
+    lost = {"engine-0": "admitted", "engine-1": "admitted", "engine-2": "lost"}
+    assert states[0] == lost and report.base == 2
+    assert states[1] == states[2] == dict.fromkeys(fleet.serving, "admitted")
+    assert fleet.serving == ["engine-0", "engine-1", "engine-2.1"] and report.replaced == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v00000002", "v00000003"]
+
+
 def descendants(pid):
     return psutil.Process(pid).children(recursive=True)
 
@@ -318,8 +393,6 @@ def assert_gone(processes, within_s=10.0):
 def real(ray_cluster, tiny, engine_settings):
     """Two vLLM engines that serve `tiny` as version 3, and what they say of themselves."""
     pytest.importorskip("vllm")
-    from bridge.channels.object_store import ObjectStoreChannel
-
     settings = FleetSettings(engines=2, max_restarts=0)
     fleet = Fleet(settings, engine_settings, tiny.files(), tiny.expected())
     fleet.start()
