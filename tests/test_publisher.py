@@ -315,13 +315,14 @@ def test_an_engine_loads_and_proves_itself_while_a_slower_one_still_fetches():
     def wait(method):
         seen.append((proven.wait(20), dict(fleet.serving)))
 
-    publisher, fleet, _ = make(fast=Fast(), slow=FakeEngine(before=wait))
+    publisher, fleet, _ = make(slow=FakeEngine(before=wait), fast=Fast())
     publisher.publish(params(), 7)
     assert seen == [(True, {})] and fleet.serving == {"fast": 7, "slow": 7}
 
 
-def test_what_goes_wrong_in_the_trainer_meanwhile_ends_the_publish():
-    publisher, fleet, _ = make(a=FakeEngine())
+@pytest.mark.parametrize("fault", ["", "stage"])
+def test_what_goes_wrong_in_the_trainer_meanwhile_ends_the_publish(fault):
+    publisher, fleet, _ = make(a=FakeEngine(fault))
     publisher._score = lambda params, tokens: 1 / 0
     with pytest.raises(ZeroDivisionError):
         publisher.publish(params(), 7)

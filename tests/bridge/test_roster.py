@@ -52,6 +52,7 @@ def test_whoever_asks_waits_for_one_that_starts_in_the_place_of_the_last(roster)
     roster.add(Engine("d", actor=None, started=None))
     for name in "abc":
         roster.end(name, f"{name} died")
+    assert roster.alive == ["d"] and roster.ready == []
     with pytest.raises(FleetError, match="none was admitted within"):
         roster.assign([1], timeout_s=0.05)
     roster.acknowledge("d", 2)
