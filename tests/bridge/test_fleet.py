@@ -68,7 +68,7 @@ class ScriptedEngine:
 
     async def start(self):
         await self._act("start")
-        return {"name": self.name, "version": self.version}
+        return {"name": self.name, "version": self.version, "pid": os.getpid()}
 
     async def stage(self, ticket, expected, deadline_s):
         await self._act("stage")
@@ -106,7 +106,12 @@ def warnings():
 
 
 @pytest.fixture
-def scripted(ray_cluster, engine_settings, monkeypatch, warnings):
+def pids():
+    return []
+
+
+@pytest.fixture
+def scripted(ray_cluster, engine_settings, monkeypatch, warnings, pids):
     """make(engines, script, **settings): a fleet of scripted engines, ready and serving."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
@@ -119,7 +124,7 @@ def scripted(ray_cluster, engine_settings, monkeypatch, warnings):
         fleet = Fleet(settings, engine_settings, model, [], warn=warnings.append)
         fleets.append(fleet)
         fleet.start()
-        fleet.wait_ready()
+        pids[:] = [info["pid"] for info in fleet.wait_ready()]
         if serving is not None:
             fleet.admit(fleet.alive, serving)
         return fleet
@@ -202,8 +207,10 @@ def test_an_engine_that_refuses_a_version_serves_on(scripted):
 
 
 def test_an_engine_without_the_version_cannot_be_admitted(scripted):
-    fleet = scripted(2, {"engine-1": {"commit": "error"}})
+    fleet = scripted(2, {"engine-1": {"commit": "error"}}, request_timeout_s=1.0)
     assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
+    with pytest.raises(FleetError, match="none was admitted within 1 s"):
+        generate(fleet, 1)
     with pytest.raises(EngineFailed):
         fleet.commit("engine-1", 2, 20.0)
     assert (fleet.holds("engine-0"), fleet.holds("engine-1")) == (2, 1)
@@ -214,11 +221,13 @@ def test_an_engine_without_the_version_cannot_be_admitted(scripted):
 
 
 @pytest.mark.parametrize("deed", ["hang", "die", "dead"])
-def test_an_engine_lost_in_an_update_is_out(scripted, deed):
+def test_an_engine_lost_in_an_update_is_out(scripted, pids, deed):
     fleet = scripted(2, {"engine-1": {"commit": deed}})
     with pytest.raises(EngineLost, match="commit"):
         fleet.commit("engine-1", 2, 2.0)
     assert fleet.alive == ["engine-0"] and "commit" in fleet.failures["engine-1"]
+    assert psutil.pid_exists(pids[0])
+    assert_gone([psutil.Process(pid) for pid in pids[1:] if psutil.pid_exists(pid)])
 
 
 def test_an_engine_that_is_asked_does_not_keep_another_from_answering(scripted):
@@ -278,8 +287,10 @@ def test_a_replacement_that_does_not_start_is_replaced_too(scripted, deed):
 
 
 def test_a_second_quarantine_in_one_place_is_final(scripted, warnings):
-    fleet = scripted(2, {}, max_restarts=9)
-    fleet.quarantine("engine-1", "its model.norm.weight is not what was sent")
+    fleet = scripted(2, {"engine-0.1": {"commit": "die"}}, max_restarts=9)
+    for _ in range(2):  # several threads may find out about it
+        fleet.quarantine("engine-1", "its model.norm.weight is not what was sent")
+    assert fleet.alive == ["engine-0", "engine-1.1"] and len(warnings) == 1
     assert fleet.serving == ["engine-0"] and "norm" in fleet.failures["engine-1"]
     with pytest.raises(FleetError, match=r"engine-1 cannot be admitted .*quarantined.*norm"):
         fleet.admit(["engine-1"], 1)
@@ -288,15 +299,19 @@ def test_a_second_quarantine_in_one_place_is_final(scripted, warnings):
     assert fleet.alive == ["engine-0"] and "not replaced" in warnings[1]
     fleet.quarantine("engine-0", "another place is another matter")
     assert fleet.alive == ["engine-0.1"] and fleet.quarantined == 3
+    assert fleet.wait_members() == ["engine-0.1"]
+    lose(fleet, "engine-0.1")
+    assert fleet.alive == ["engine-0.2"]  # it died, and held nothing wrong
 
 
 def test_engines_are_added_while_others_serve(scripted):
     fleet = scripted(1, {})
     fleet.add(2)
-    joined = fleet.wait_members()
-    while len(joined) < 2:
-        joined += fleet.wait_members()
-    assert sorted(joined) == ["engine-1", "engine-2"] and fleet.serving == ["engine-0"]
+    deadline = time.monotonic() + 60
+    while len(fleet.members()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert fleet.members() == ["engine-0", "engine-1", "engine-2"]
+    assert fleet.serving == ["engine-0"]
     assert_each_came_back_once(generate(fleet, 4), 4)
     fleet.admit(fleet.members(), 1)
     assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1, 2}
@@ -307,10 +322,10 @@ def test_engines_are_added_while_others_serve(scripted):
     ("deed", "reason"),
     [("die", "died"), ("hang", "deadline"), ("dead", "core gone"), ("error", "torn")],
 )
-def test_an_engine_that_does_not_start_is_named(scripted, deed, reason):
+def test_an_engine_that_does_not_start_is_named(scripted, warnings, deed, reason):
     with pytest.raises(FleetError, match=f"engine-1.*{reason}") as failure:
         scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=8.0, max_restarts=3)
-    assert "engine-0" not in str(failure.value)
+    assert "engine-0" not in str(failure.value) and not warnings  # nothing is tried again
 
 
 class FetchingEngine(ScriptedEngine):
