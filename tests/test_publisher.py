@@ -527,7 +527,8 @@ def test_every_group_is_a_bucket_in_the_order_of_the_export():
 @pytest.mark.parametrize("encoding", ["full", "delta"])
 def test_a_manifest_says_whether_the_next_version_may_be_a_difference_from_it(encoding):
     _, fleet, _ = make(a=FakeEngine())
-    about = {"probe": PROBE, "probe_tolerance": TOLERANCE, "encoder": Encoder(encoding)}
+    about = {"probe": PROBE, "probe_tolerance": TOLERANCE, "timeout_s": TIMEOUT_S}
+    about["encoder"] = Encoder(encoding)
     Publisher(Export(), fleet.channel, fleet, model, **about, warn=print).publish(params(), 3)
     manifest, _ = fleet.channel.versions[3]
     assert manifest.keep == (encoding == "delta")
