@@ -1,17 +1,17 @@
 """The engines as Ray actors: started, updated, watched, and given work.
 
-The driver's side: no jax, no torch, no vllm. Engines fail, and that is an outcome here and not an
-exception: an engine that dies, hangs or cannot load leaves the roster with its reason, its work
-goes to the others, and only a fleet with nobody left raises.
+The driver's side: no jax, no torch, no vllm. Engines fail: one that dies, hangs or cannot load
+leaves the roster with its reason, its work goes to the others, and another is started in its place,
+which joins at the first publish after it is ready. Only a fleet with nobody left ends a run.
 """
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -27,14 +27,14 @@ from bridge.engines.vllm import (
     actor_environment,
 )
 from bridge.roster import Engine, FleetError, Roster
+from bridge.transaction import EngineFailed, EngineLost, begun
 from jaxrl.types import Group, Prompt, Rollout, Sampling
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]: what every version must hold
 _DEFAULT_STORE_BYTES = 1 << 30
 _SHUTDOWN_S = 10.0
-# Of update_timeout_s. An engine takes up to twice its deadline to say that a version is late, and
-# must have said so before it counts as hung itself.
-_FETCH_SHARE = 0.45
+_QUARANTINES = 2  # of engines in one place, and it is left empty: it is not the engine's fault
+_EXAMINE_SHARE = 0.9  # of the time for an answer, so that one who is late can say so
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,9 @@ class FleetSettings:
     engines: int = 1
     cpus_per_engine: float = 1
     gpus_per_engine: float = 0
-    start_timeout_s: float = 300.0  # from `start` until every engine is ready
+    start_timeout_s: float = 300.0  # until an engine is ready
     request_timeout_s: float = 600.0  # for what is sent to one engine at once
-    update_timeout_s: float = 300.0  # to stage, again to commit, and to score
+    max_restarts: int = 3  # engines that are started in the place of one, one after the other
     ray_address: str | None = None  # None: a Ray of our own on this machine
     object_store_bytes: int | None = None  # of a Ray of our own; None: 1 GiB
 
@@ -66,33 +66,58 @@ class Fleet:
     def __init__(
         self,
         settings: FleetSettings,
-        engine_settings: EngineSettings,
+        engine_settings: EngineSettings | Sequence[EngineSettings],
         model: str | Mapping[str, bytes],
         expected: Expected,
+        warn: Callable[[str], None] = print,
     ):
-        """`model`: see VllmEngine. `expected`: see VllmEngine.stage. Nothing starts yet."""
+        """Nothing starts yet.
+
+        Args:
+          engine_settings: of each engine; of several, engine i has item i modulo their number.
+          model: see VllmEngine.
+          expected: see VllmEngine.stage.
+          warn: is told which engines are replaced, and which are not.
+        """
         self._settings = settings
-        self._engine_settings = engine_settings
+        several = isinstance(engine_settings, Sequence)
+        self._engine_settings = list(engine_settings) if several else [engine_settings]
         self._model = model if isinstance(model, str) else dict(model)
         self._expected = _plain(expected)
+        self._warn = warn
         self._roster = Roster()
         self._owns_ray = False
-        self._ready_by = 0.0
+        self._replacing = False  # only what has been ready once is worth another try
+        self._lifecycle = threading.RLock()  # held by whoever starts or ends engines
 
     def start(self) -> None:
         """Starts or joins Ray and creates the actors, without waiting for them."""
         self._connect()
-        self._ready_by = time.monotonic() + self._settings.start_timeout_s
+        self.add(self._settings.engines)
+
+    def add(self, count: int = 1) -> None:
+        """Starts so many more engines, without waiting: each joins at the first publish after it is
+        ready."""
+        with self._lifecycle:
+            for _ in range(count):
+                self._launch(self._roster.slots)
+
+    def _launch(self, slot: int) -> Engine:
+        settings = self._settings
         actor_class = ray.remote(VllmEngine).options(
-            num_cpus=self._settings.cpus_per_engine,
-            num_gpus=self._settings.gpus_per_engine,
-            runtime_env={"env_vars": actor_environment(self._settings.gpus_per_engine == 0)},
-            max_restarts=0,
+            num_cpus=settings.cpus_per_engine,
+            num_gpus=settings.gpus_per_engine,
+            runtime_env={"env_vars": actor_environment(settings.gpus_per_engine == 0)},
+            max_restarts=0,  # by Ray, which knows nothing of versions
         )
-        for index in range(self._settings.engines):
-            name = f"engine-{index}"
-            actor: Any = actor_class.remote(name, self._engine_settings, self._model)
-            self._roster.add(Engine(name, actor, actor.start.remote()))
+        before = len(self._roster.of_slot(slot))
+        name = f"engine-{slot}.{before}" if before else f"engine-{slot}"
+        engine_settings = self._engine_settings[slot % len(self._engine_settings)]
+        actor: Any = actor_class.remote(name, engine_settings, self._model)
+        ready_by = time.monotonic() + settings.start_timeout_s
+        engine = Engine(name, actor, actor.start.remote(), slot, ready_by)
+        self._roster.add(engine)
+        return engine
 
     def _connect(self) -> None:
         if ray.is_initialized():
@@ -125,18 +150,63 @@ class Fleet:
         Raises:
           FleetError: naming each engine that failed or is late, and why.
         """
-        starting = {name: self._roster[name].started for name in self._roster.alive}
-        outcomes = self._outcomes(starting, self._ready_by - time.monotonic(), "starting")
-        infos = [info for info in outcomes.values() if not isinstance(info, FleetError)]
+        infos = []
+        for engine in self._roster.starting:
+            try:
+                infos.append(self._await_start(engine))
+            except EngineFailed:
+                continue  # and look at the others
         if self._roster.failures:
             raise FleetError("; ".join(self._roster.failures.values()))
-        for info in infos:
-            self._roster.acknowledge(info["name"], info["version"])
+        self._replacing = True
         return infos
+
+    def _await_start(self, engine: Engine) -> dict[str, Any]:
+        left = engine.ready_by - time.monotonic()
+        try:
+            info = self._answer(engine.name, engine.started, left, "starting")
+        except EngineFailed as error:
+            self._end(engine.name, str(error))
+            raise
+        self._roster.acknowledge(engine.name, info["version"])
+        return info
+
+    def members(self) -> list[str]:
+        """The engines that a version can be offered to: those that are ready by now."""
+        self._take_in(0.0)
+        return self._roster.ready
+
+    def wait_members(self) -> list[str]:
+        """Waits for engines that are starting; returns those that are ready first, or none if
+        nobody is starting or none is ready within start_timeout_s."""
+        end = time.monotonic() + self._settings.start_timeout_s
+        while self._roster.starting and (left := end - time.monotonic()) > 0:
+            if joined := self._take_in(left):
+                return joined
+        return []
+
+    def _take_in(self, timeout_s: float) -> list[str]:
+        """Waits for one of the engines that are starting to be ready, or to fail; returns who is
+        ready."""
+        starting = self._roster.starting
+        if not starting:
+            return []
+        now = time.monotonic()
+        wait_s = min(timeout_s, *(max(0.0, e.ready_by - now) for e in starting))
+        started = [e.started for e in starting]
+        done, _ = ray.wait(started, num_returns=1, timeout=wait_s)
+        done, _ = ray.wait(started, num_returns=len(started), timeout=0) if done else ([], [])
+        ready = []
+        for engine in starting:
+            if engine.started in done or engine.ready_by <= time.monotonic():
+                with contextlib.suppress(EngineFailed):  # replaced, if it may be
+                    self._await_start(engine)
+                    ready.append(engine.name)
+        return ready
 
     @property
     def alive(self) -> list[str]:
-        """The engines that have not failed, whether they serve or not."""
+        """The engines that have not ended, whether they serve or not."""
         return self._roster.alive
 
     @property
@@ -149,29 +219,61 @@ class Fleet:
         """The engines that left the fleet, and why."""
         return self._roster.failures
 
-    def stage(self, ticket: Ticket, expected: Expected | None = None) -> dict[str, Any]:
-        """Has every live engine fetch and check a version, while it serves the old one.
+    @property
+    def replaced(self) -> int:
+        """Engines that were started in the place of others."""
+        return self._roster.replaced
 
-        The value is None, or the reason of an engine that refuses; it serves on. `expected`: what
-        this one version must hold, where it is not what every version must.
+    @property
+    def quarantined(self) -> int:
+        """Engines that held something else than they were sent."""
+        return self._roster.quarantined
+
+    def holds(self, name: str) -> int | None:
+        """The version that the engine loaded last; None before the first."""
+        return self._roster[name].version
+
+    def stage(
+        self,
+        name: str,
+        ticket: Ticket,
+        fetch_s: float,
+        timeout_s: float,
+        expected: Expected | None = None,
+    ) -> None:
+        """Has an engine fetch and check a version, while it serves the old one.
+
+        Args:
+          fetch_s: for it to fetch the version; it takes up to twice as long to say that it is late.
+          expected: what this one version must hold, where it is not what every version must.
+
+        Raises:
+          EngineFailed: it refuses; it serves on. EngineLost: no answer within `timeout_s`.
         """
-        deadline_s = self._settings.update_timeout_s * _FETCH_SHARE
         wanted = self._expected if expected is None else _plain(expected)
-        outcomes = self._ask("stage", ticket.to_json(), wanted, deadline_s)
-        return {n: out if isinstance(out, FleetError) else None for n, out in outcomes.items()}
+        self._ask(name, timeout_s, "stage", ticket.to_json(), wanted, fetch_s)
 
-    def commit(self, version: int) -> dict[str, dict[str, Any] | FleetError]:
-        """Has every live engine that staged `version` serve it; see VllmEngine.commit.
+    def commit(self, name: str, version: int, timeout_s: float) -> dict[str, Any]:
+        """Has an engine that staged `version` serve it; see VllmEngine.commit.
 
-        Requests under way go on. New ones wait until `admit` says who serves what. An engine that
-        fails half way through loading is ended; one that had staged nothing keeps its old version.
+        Requests under way go on. New ones wait until `admit` says who serves what.
+
+        Raises:
+          EngineFailed: it had not staged it, and keeps its old version. EngineLost: it failed half
+          way through loading, or gave no answer within `timeout_s`.
         """
         self._roster.suspend()
-        outcomes = self._ask("commit", version)
-        for name, outcome in outcomes.items():
-            if not isinstance(outcome, FleetError):
-                self._roster.acknowledge(name, version)
-        return outcomes
+        said = self._ask(name, timeout_s, "commit", version)
+        self._roster.acknowledge(name, version)
+        return said
+
+    def score(self, name: str, tokens: Sequence[int], timeout_s: float) -> np.ndarray:
+        """Log-probabilities of `tokens` on an engine; see VllmEngine.score."""
+        return self._ask(name, timeout_s, "score", [int(token) for token in tokens])
+
+    def examine(self, name: str, timeout_s: float) -> dict[str, Any]:
+        """What an engine's model holds, against what it loaded; see VllmEngine.examine."""
+        return self._ask(name, timeout_s, "examine", _EXAMINE_SHARE * timeout_s)
 
     def admit(self, names: Iterable[str], version: int) -> None:
         """Makes exactly these engines the ones that get requests, which ask for `version`.
@@ -181,29 +283,15 @@ class Fleet:
         """
         self._roster.admit(names, version)
 
-    def abort_update(self) -> dict[str, FleetError | None]:
-        """Has every live engine drop what it staged."""
-        return self._ask("abort_update")
-
-    def score(self, tokens: Sequence[int]) -> dict[str, np.ndarray | FleetError]:
-        """Log-probabilities of `tokens` on every live engine; see VllmEngine.score."""
-        return self._ask("score", [int(token) for token in tokens])
+    def quarantine(self, name: str, why: str) -> None:
+        """Ends an engine that holds something else than it was sent."""
+        self._end(name, f"{name}: {why}", "quarantined")
 
     def begin(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
     ) -> Callable[[], list[Group]]:
         """As `generate`, in a thread; what is returned waits for its result, or raises."""
-        outcome: Future[list[Group]] = Future()
-
-        def work() -> None:
-            try:
-                outcome.set_result(self.generate(prompts, sampling, seeds))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        # Not of a pool: those are waited for when the interpreter ends, and engines may hang.
-        threading.Thread(target=work, daemon=True).start()
-        return outcome.result
+        return begun(self.generate, prompts, sampling, seeds).result
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
@@ -214,7 +302,8 @@ class Fleet:
         What an engine did not finish goes to the others with the same seeds.
 
         Raises:
-          FleetError: no engine would serve one of the requests, or no engine is left.
+          EnginesGone: no engine is left.
+          FleetError: no engine would serve one of the requests.
         """
         requests = [
             _request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)
@@ -268,41 +357,65 @@ class Fleet:
                 self._fail(dispatch.name, f"sampling {len(dispatch.indices)} prompts", error)
             return None
 
-    def _ask(self, method: str, *args: Any) -> dict[str, Any]:
-        """Calls a method of every live engine: its result, or the FleetError it ended with."""
-        calls = {n: getattr(self._roster[n].actor, method).remote(*args) for n in self.alive}
-        return self._outcomes(calls, self._settings.update_timeout_s, method)
+    def _ask(self, name: str, timeout_s: float, method: str, *args: Any) -> Any:
+        """Calls a method of an engine; see `_answer`."""
+        reference = getattr(self._roster[name].actor, method).remote(*args)
+        return self._answer(name, reference, timeout_s, method)
 
-    def _outcomes(self, calls: Mapping[str, Any], timeout_s: float, doing: str) -> dict[str, Any]:
-        if calls:
-            ray.wait(list(calls.values()), num_returns=len(calls), timeout=max(0.0, timeout_s))
-        outcomes: dict[str, Any] = {}
-        for name, reference in calls.items():
-            try:
-                outcomes[name] = ray.get(reference, timeout=0)
-            except RayError as error:
-                if isinstance(error, RayTaskError) and not isinstance(error, EngineDead):
-                    outcomes[name] = FleetError(_cause(error))
-                else:
-                    outcomes[name] = self._fail(name, doing, error)
-        return outcomes
+    def _answer(self, name: str, reference: Any, timeout_s: float, doing: str) -> Any:
+        """Raises EngineFailed if the engine refuses, EngineLost if it died or is late."""
+        try:
+            return ray.get(reference, timeout=max(0.0, timeout_s))
+        except RayError as error:
+            if isinstance(error, RayTaskError) and not isinstance(error, EngineDead):
+                raise EngineFailed(_cause(error)) from error
+            raise EngineLost(self._fail(name, doing, error)) from error
 
-    def _fail(self, name: str, doing: str, error: RayError) -> FleetError:
-        """Ends an engine and takes it out for good; returns the reason."""
+    def _fail(self, name: str, doing: str, error: RayError) -> str:
+        """Ends an engine; returns the reason."""
         if isinstance(error, GetTimeoutError):
             reason = f"{name} did not finish before its deadline: {doing}"
         elif isinstance(error, RayActorError):
             reason = f"{name} died: {doing}. {_how_it_died(error)}"
         else:
             reason = f"{name} failed: {doing}: {_cause(error)}"
-        self._roster.fail(name, reason)
-        ray.kill(self._roster[name].actor)
-        return FleetError(reason)
+        self._end(name, reason)
+        return reason
+
+    def _end(
+        self, name: str, reason: str, state: Literal["failed", "quarantined"] = "failed"
+    ) -> None:
+        """Takes an engine out for good, and starts another in its place if there may be one more.
+
+        Several threads may find out about the same engine.
+        """
+        with self._lifecycle:
+            engine = self._roster[name]
+            if engine.ended:
+                return
+            if self._replacing:
+                self._replace(engine, reason, state)
+            self._roster.end(name, reason, state)
+            ray.kill(engine.actor)
+
+    def _replace(self, engine: Engine, reason: str, state: str) -> None:
+        """Ahead of the old one's end, or those who wait for work would see nobody left."""
+        had = self._roster.of_slot(engine.slot)
+        quarantines = (state == "quarantined") + sum(e.state == "quarantined" for e in had)
+        if quarantines >= _QUARANTINES:
+            then = "not replaced: it is the second in its place that did not hold what it was sent"
+        elif len(had) > self._settings.max_restarts:
+            then = f"not replaced: vllm.max_restarts = {self._settings.max_restarts} is reached"
+        else:
+            then = f"{self._launch(engine.slot).name} starts in its place"
+        self._warn(f"{reason}; {then}")
 
     def close(self) -> None:
         """Ends every engine, and Ray if this fleet started it."""
-        engines = self._roster.clear()
-        leaving = [e.actor.shutdown.remote() for e in engines if e.state != "failed"]
+        with self._lifecycle:
+            self._replacing = False
+            engines = self._roster.clear()
+        leaving = [e.actor.shutdown.remote() for e in engines if not e.ended]
         if leaving:
             ray.wait(leaving, num_returns=len(leaving), timeout=_SHUTDOWN_S)
         for engine in engines:

@@ -1,5 +1,7 @@
 """One version of the weights, published as a transaction. The trainer half: jax, no torch."""
 
+import dataclasses
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,28 +10,74 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bridge.channels import Channel, Shipment, Ticket
+from bridge.channels import Channel, ChannelError, Shipment, Ticket
+from bridge.delta import DeltaError
 from bridge.encoding import Encoder, Shadow
-from bridge.wire import Base, HostTensor, Manifest, Outgoing, TensorEntry, entries, manifest_of
+from bridge.receive import Receiver
+from bridge.transaction import EngineFailed, EngineLost, State, Transaction, begun, settle
+from bridge.wire import (
+    Base,
+    HostTensor,
+    Manifest,
+    Outgoing,
+    TensorEntry,
+    WireError,
+    entries,
+    manifest_of,
+    pack,
+)
 from jaxrl.types import PublishReport, RunError
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
 Score = Callable[[Any, Sequence[int]], np.ndarray]  # (params, tokens) -> log-probs, float32 [t]
 _WRITERS = 2  # buckets on the host at a time: one is put while the next is hashed
+_RESENT_BUCKET_BYTES = 256 << 20
+_NAMED = 8  # tensors, in a message
+# Of the time for a version: until then it must be fetched, or there is none left to load it in.
+_FETCH_SHARE = 0.8
+_FIRST_SHARE = 0.4  # and from its own channel, where there is another to turn to
+_PHASES = {"stage": State.FETCHED, "load": State.APPLIED, "prove": State.ACKNOWLEDGED}
 
 
 class Engines(Protocol):
     """What a publish needs of the engines; `bridge.fleet.Fleet` is the real one.
 
-    The outcome of each engine is a value: what it answered, or the exception that says what went
-    wrong on it.
+    What asks one engine raises EngineFailed if that refuses, and EngineLost if it had to be ended;
+    an engine that has not answered within `timeout_s` is. Several threads ask, one for each engine.
     """
 
+    @property
+    def replaced(self) -> int: ...
+    @property
+    def quarantined(self) -> int: ...
+
+    def members(self) -> Sequence[str]:
+        """Those that can be offered a version, whoever became ready since the last one too."""
+        ...
+
+    def wait_members(self) -> Sequence[str]:
+        """Waits for some that are starting to be ready; none if nobody is, or not in time."""
+        ...
+
+    def holds(self, name: str) -> int | None:
+        """The version that it loaded last; None before the first."""
+        ...
+
     def stage(
-        self, ticket: Ticket, expected: Expected | None = None
-    ) -> Mapping[str, Exception | None]: ...
-    def commit(self, version: int) -> Mapping[str, dict[str, Any] | Exception]: ...
-    def score(self, tokens: Sequence[int]) -> Mapping[str, np.ndarray | Exception]: ...
+        self,
+        name: str,
+        ticket: Ticket,
+        fetch_s: float,
+        timeout_s: float,
+        expected: Expected | None = None,
+    ) -> None:
+        """It has `fetch_s` to fetch the version, and as long again to check it, or is late."""
+        ...
+
+    def commit(self, name: str, version: int, timeout_s: float) -> Mapping[str, Any]: ...
+    def score(self, name: str, tokens: Sequence[int], timeout_s: float) -> np.ndarray: ...
+    def examine(self, name: str, timeout_s: float) -> Mapping[str, Any]: ...
+    def quarantine(self, name: str, why: str) -> None: ...
     def admit(self, names: Sequence[str], version: int) -> None: ...
 
 
@@ -98,12 +146,64 @@ class PublishError(RunError):
     """No engine serves the new version. Says what went wrong on each."""
 
 
+class Unproven(Exception):
+    """An engine holds something else than was sent. Says what."""
+
+
+@dataclasses.dataclass
+class Sent:
+    """A version that lies in a channel."""
+
+    ticket: Ticket
+    fallback: Channel | None
+    expected: Expected | None = None  # what it must hold; None: what every version must
+    _resent: Future[Ticket] | None = None
+    _asking: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def again(self, deadline_s: float) -> Ticket:
+        """For a second attempt: of the same version, whole, in the fallback if there is one. Who
+        asks first puts it there, and what comes of that is for all.
+
+        Raises:
+          ChannelError, WireError, DeltaError: it could not be had from its own channel, or not be
+            put.
+        """
+        if self.fallback is None:
+            return self.ticket
+        with self._asking:
+            self._resent = self._resent or begun(self._resend, self.fallback, deadline_s)
+        try:
+            return self._resent.result(deadline_s)
+        except TimeoutError as error:
+            raise ChannelError(
+                f"weight version {self.ticket.version} was not there within {deadline_s:.3g} s"
+            ) from error
+
+    def _resend(self, fallback: Channel, deadline_s: float) -> Ticket:
+        received = Receiver(shared=False).receive(self.ticket, deadline_s)
+        tensors = [
+            HostTensor(entry.name, entry.dtype, entry.shape, data)
+            for entry, data in zip(received.manifest.tensors, received.data, strict=True)
+        ]
+        return fallback.publish(*pack(self.ticket.version, tensors, _RESENT_BUCKET_BYTES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What an engine must show before it serves."""
+
+    logprobs: Future[np.ndarray]  # the trainer's, of the probe: float32 [t], nats
+    examine: bool  # every engine; those that are new are examined anyway
+
+
 class Publisher:
-    """Export, announce, stage everywhere, load everywhere, prove, admit.
+    """Ships a version; each engine then fetches, loads and proves it at its own pace; those that
+    did are admitted together.
 
     An engine is admitted to serve version v only after it has acknowledged v with the digest of
-    what it loaded, and its log-probs on the probe prompt are the trainer's. One that fails at any
-    point is left out, and named; if none is left the publish has failed.
+    what it loaded, its log-probs on the probe prompt are the trainer's, and, where it was examined,
+    its model holds every tensor. One that fails at any point is left out, and named; if none is
+    left the publish has failed.
     """
 
     def __init__(
@@ -115,67 +215,95 @@ class Publisher:
         *,
         probe: Sequence[int],
         probe_tolerance: float,
+        timeout_s: float = 120.0,
+        examine_every: int = 0,
+        fallback: Channel | None = None,
         encoder: Encoder | None = None,
         carrier: "Carrier | None" = None,
         warn: Callable[[str], None],
     ) -> None:
+        """
+        Args:
+          timeout_s: from the announcement until an engine has proved itself.
+          examine_every: versions from one that every engine examines to the next; 0: none.
+          fallback: where a version is put for engines that could not have it from `channel`.
+        """
         self._export, self._channel, self._engines, self._score = export, channel, engines, score
         self._probe, self._tolerance = list(probe), probe_tolerance
+        self._timeout_s, self._examine_every = timeout_s, examine_every
         self._encoder, self._carrier = encoder or Encoder(), carrier or OwnCarrier()
         self._warn = warn
+        self._fallback = fallback
+        self._frozen: Sent | None = None
+        self._published = 0
+        self._unchecked: set[str] = set()  # tensors that no examination could find
 
     def publish(self, params: Any, version: int) -> PublishReport:
-        """Returns when every engine that will serve `version` has proved that it holds it.
+        """Returns when every engine has proved that it holds `version`, or failed to in time.
 
         Raises:
-          PublishError: no engine could be admitted.
+          PublishError: no engine could be admitted, and none that is starting was ready in time.
           bridge.channels.ChannelError: the channel could not carry the version.
         """
-        clock, failed = Phases(), {}
-        manifest, loaded = self._carry(
-            self._export, params, version, failed, clock, encoder=self._encoder
-        )
-        difference = self._prove(params, loaded - failed.keys(), failed)
-        proven = self._survivors(loaded, version, failed)
-        self._engines.admit(proven, version)
-        clock.lap("prove")
+        began = time.perf_counter()
+        manifest, ticket = self._send(self._export, params, version, self._encoder)
+        sent = Sent(ticket, self._fallback)
+        phases = {"ship": time.perf_counter() - began}
+        every = self._examine_every
+        proof = Proof(Future(), every > 0 and self._published % every == 0)
+        self._published += 1
+        passed = self._bring_all(sent, proof, lambda: self._score(params, self._probe))
+        proven = [t for t in passed if t.state is State.ACKNOWLEDGED]
+        failed = "; ".join(str(t) for t in passed if t not in proven)
+        fetched = [t.seconds[State.FETCHED] for t in passed if State.FETCHED in t.seconds]
+        if not fetched:  # what nobody could have, the next must not need
+            self._encoder.failed()
+        if not proven:
+            raise PublishError(
+                f"weight version {version}: no engine serves it ({failed or 'none is left'})"
+            )
+        if manifest.base is None:
+            self._encoder.measured(manifest.nbytes, max(fetched))
+        self._engines.admit([t.name for t in proven], version)
+        for transaction in proven:
+            transaction.advance(State.ADMITTED)
+        if failed:
+            self._warn(f"weight version {version}: left out {failed}")
+        for phase, state in _PHASES.items():
+            phases[phase] = max(t.seconds.get(state, 0.0) for t in passed)
         return PublishReport(
-            version,
-            manifest.digest,
-            manifest.nbytes,
-            sum(clock.seconds.values()),
-            len(proven),
-            difference,
-            clock.seconds,
-            clock.pause_s,
-            None if manifest.base is None else manifest.base.version,
-            self._carrier.device_bytes,
+            version=version,
+            digest=manifest.digest,
+            bytes=manifest.nbytes,
+            seconds=time.perf_counter() - began,
+            engines=len(proven),
+            probe_max_abs_dlogp=max(t.probe_max_abs_dlogp for t in proven),
+            phases=phases,
+            pause_s=max(t.pause_s for t in passed),
+            base=None if manifest.base is None else manifest.base.version,
+            device_bytes=self._carrier.device_bytes,
+            outcomes={t.name: t.outcome() for t in passed},
+            replaced=self._engines.replaced,
+            quarantined=self._engines.quarantined,
         )
 
     def publish_frozen(self, export: Export, params: Any, expected: Expected, version: int) -> None:
-        """Carries the weights that never change, ahead of the first version of those that do.
+        """Ships the weights that never change, which every engine loads ahead of its first version.
 
-        Nothing is admitted yet: an engine proves itself with the two together.
+        They stay in the channel, for engines that are started later.
 
         Raises:
-          PublishError, bridge.channels.ChannelError: as `publish`.
+          bridge.channels.ChannelError: the channel could not carry them.
         """
-        failed: dict[str, str] = {}
-        _, loaded = self._carry(export, params, version, failed, Phases(), expected)
-        self._survivors(loaded, version, failed)
+        for channel in (self._channel, self._fallback):
+            if channel is not None:
+                channel.pin(version)
+        _, ticket = self._send(export, params, version, Encoder())
+        self._frozen = Sent(ticket, self._fallback, expected)
 
-    def _carry(
-        self,
-        export: Export,
-        params: Any,
-        version: int,
-        failed: dict[str, str],
-        clock: "Phases",
-        expected: Expected | None = None,
-        encoder: Encoder | None = None,
-    ) -> tuple[Manifest, set[str]]:
-        """Stages and commits; returns the engines that say they loaded just what was sent."""
-        encoder = encoder or Encoder()
+    def _send(
+        self, export: Export, params: Any, version: int, encoder: Encoder
+    ) -> tuple[Manifest, Ticket]:
         shipment = self._channel.begin(version, len(export.plan), export.nbytes)
         try:
             base = encoder.base()
@@ -190,65 +318,117 @@ class Publisher:
             shipment.abort()
         encoder.shipped(manifest)
         self._carrier.settle(Base(version, manifest.digest))
-        clock.lap("ship")
-        _answers(self._engines.stage(ticket, expected), failed)
-        stage_s = clock.lap("stage")
-        if failed:  # who could not have this version must not need it for the next
-            encoder.failed()
-        if manifest.base is None:
-            encoder.measured(manifest.nbytes, stage_s)
-        acknowledged = _answers(self._engines.commit(version), failed)
-        clock.lap("load")
-        clock.pause_s = max((said.get("pause_s", 0.0) for said in acknowledged.values()), default=0)
-        for name, said in acknowledged.items():
-            if (said["version"], said["digest"]) != (version, manifest.digest):
-                failed[name] = (
-                    f"acknowledged version {said['version']} with digest {said['digest']}, "
-                    f"published was {version} with {manifest.digest}"
-                )
-        return manifest, acknowledged.keys() - failed.keys()
+        return manifest, ticket
 
-    def _survivors(self, names: set[str], version: int, failed: dict[str, str]) -> list[str]:
-        proven = sorted(names - failed.keys())
-        report = "; ".join(f"{name}: {why}" for name, why in sorted(failed.items()))
-        if not proven:
-            raise PublishError(f"weight version {version}: no engine serves it ({report})")
-        if failed:
-            self._warn(f"weight version {version}: left out {report}")
-        return proven
+    def _bring_all(
+        self, sent: Sent, proof: Proof, score: Callable[[], np.ndarray]
+    ) -> list[Transaction]:
+        """Until one engine has proved itself, or there is none to wait for: their transactions."""
+        passed: list[Transaction] = []
+        names = self._engines.members() or self._engines.wait_members()
+        while names:
+            under_way = [begun(self._bring, name, sent, proof) for name in names]
+            if not proof.logprobs.done():  # while the engines fetch
+                settle(proof.logprobs, score)
+                proof.logprobs.result()
+            passed += [future.result() for future in under_way]
+            if any(t.state is State.ACKNOWLEDGED for t in passed):
+                break
+            names = self._engines.wait_members()
+        return passed
 
-    def _prove(self, params: Any, names: set[str], failed: dict[str, str]) -> float:
-        """Largest difference of log-probs on the probe among the engines that pass, nats."""
-        ours = self._score(params, self._probe)
-        worst = 0.0
-        theirs = _answers(self._engines.score(self._probe), failed)
-        for name in names - failed.keys():
-            if name not in theirs or theirs[name].shape != ours.shape:
-                failed[name] = "it gave no log-prob for each token of the probe prompt"
-                continue
-            difference = float(np.max(np.abs(theirs[name] - ours)))
-            if difference <= self._tolerance:  # False for NaN
-                worst = max(worst, difference)
-            else:
-                failed[name] = (
-                    f"its log-probs on the probe prompt differ from the trainer's by "
-                    f"{difference:.2g} nats, more than publish.probe_tolerance = {self._tolerance}"
-                )
-        return worst
+    def _bring(self, name: str, sent: Sent, proof: Proof) -> Transaction:
+        """One engine's way to a version. All that goes wrong there is in what is returned."""
+        transaction = Transaction(name, self._timeout_s)
+        try:
+            new = self._engines.holds(name) is None
+            if new and self._frozen is not None:
+                self._load(Transaction(name, self._timeout_s), self._frozen)
+            self._load(transaction, sent)
+            self._compare(transaction, proof.logprobs)
+            if proof.examine or (new and self._examine_every):
+                self._examine(transaction, sent.ticket.version)
+            transaction.advance(State.ACKNOWLEDGED)
+        except Unproven as error:
+            self._engines.quarantine(name, str(error))
+            transaction.fail(State.QUARANTINED, str(error))
+        except EngineLost as error:
+            transaction.fail(State.LOST, str(error))
+        except EngineFailed as error:
+            transaction.fail(State.ABORTED, str(error))
+        return transaction
 
+    def _load(self, transaction: Transaction, sent: Sent) -> None:
+        name, version, digest = transaction.name, sent.ticket.version, sent.ticket.digest
+        transaction.advance(State.ANNOUNCED)
+        self._fetch(transaction, sent)
+        transaction.advance(State.FETCHED)
+        said = self._engines.commit(name, version, transaction.left())
+        transaction.advance(State.APPLIED)
+        transaction.digest, transaction.pause_s = said["digest"], said.get("pause_s", 0.0)
+        if (said["version"], said["digest"]) != (version, digest):
+            raise Unproven(
+                f"acknowledged version {said['version']} with digest {said['digest']}, "
+                f"published was {version} with {digest}"
+            )
 
-class Phases:
-    """Seconds by phase, one after the other."""
+    def _fetch(self, transaction: Transaction, sent: Sent) -> None:
+        """Has the engine fetch the version, and once more, through the fallback if there is one,
+        if it could not and there is time.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.pause_s = 0.0  # the longest that an engine sampled nothing
-        self._since = time.perf_counter()
+        It has half of the time for the bytes, because to check them may take as long again.
+        """
+        name, fallback = transaction.name, sent.fallback is not None
+        fetch_s = transaction.left(_FIRST_SHARE if fallback else _FETCH_SHARE) / 2
+        try:
+            return self._engines.stage(
+                name, sent.ticket, fetch_s, transaction.left(), sent.expected
+            )
+        except EngineLost:
+            raise
+        except EngineFailed as error:
+            first = error
+        if not (fetch_s := transaction.left(_FETCH_SHARE) / 2):
+            raise first
+        try:
+            ticket = sent.again(fetch_s)
+            fetch_s = transaction.left(_FETCH_SHARE) / 2
+            self._engines.stage(name, ticket, fetch_s, transaction.left(), sent.expected)
+        except EngineLost:
+            raise
+        except (EngineFailed, ChannelError, WireError, DeltaError) as error:
+            how = "through publish.fallback" if fallback else "again"
+            raise EngineFailed(f"{first}; {how}: {error}") from error
 
-    def lap(self, name: str) -> float:
-        now = time.perf_counter()
-        self.seconds[name], self._since = now - self._since, now
-        return self.seconds[name]
+    def _compare(self, transaction: Transaction, logprobs: Future[np.ndarray]) -> None:
+        """The engine's log-probs on the probe prompt with the trainer's."""
+        theirs = self._engines.score(transaction.name, self._probe, transaction.left())
+        ours = logprobs.result()  # the trainer's own forward pass, which costs no engine its time
+        if theirs.shape != ours.shape:
+            raise Unproven("it gave no log-prob for each token of the probe prompt")
+        difference = float(np.max(np.abs(theirs - ours)))
+        if not difference <= self._tolerance:  # NaN too
+            raise Unproven(
+                f"its log-probs on the probe prompt differ from the trainer's by "
+                f"{difference:.2g} nats, more than publish.probe_tolerance = {self._tolerance}"
+            )
+        transaction.probe_max_abs_dlogp = difference
+
+    def _examine(self, transaction: Transaction, version: int) -> None:
+        """What the engine's model holds, tensor by tensor, with what was sent."""
+        found = self._engines.examine(transaction.name, transaction.left())
+        if found["version"] != version:
+            raise Unproven(f"examined was version {found['version']}, published was {version}")
+        if found["wrong"]:
+            listed = "; ".join(f"{tensor}: {why}" for tensor, why in found["wrong"].items())
+            raise Unproven(f"its model does not hold what was sent: {listed}")
+        if new := set(found["unchecked"]) - self._unchecked:
+            self._unchecked |= new
+            self._warn(
+                f"{transaction.name}: {len(new)} tensors cannot be examined in its model, and are "
+                f"proved by digest and probe alone: {', '.join(sorted(new)[:_NAMED])}"
+                + (", ..." if len(new) > _NAMED else "")
+            )
 
 
 def ship(groups: Iterable[Outgoing], shipment: Shipment, shadow: Shadow) -> list[TensorEntry]:
@@ -279,14 +459,3 @@ def ship(groups: Iterable[Outgoing], shipment: Shipment, shadow: Shadow) -> list
     for future in under_way:
         shipped += future.result()
     return shipped
-
-
-def _answers(outcomes: Mapping[str, Any], failed: dict[str, str]) -> dict[str, Any]:
-    """What the engines answered; those that failed are added to `failed` instead."""
-    answers = {}
-    for name, outcome in outcomes.items():
-        if isinstance(outcome, Exception):
-            failed.setdefault(name, str(outcome))  # the first thing that went wrong is the cause
-        else:
-            answers[name] = outcome
-    return answers

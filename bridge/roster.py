@@ -1,11 +1,12 @@
 """Which engines there are, what each of them serves, and who gets work. No Ray in here."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from jaxrl.types import RunError
+from jaxrl.types import EnginesGone, RunError
 
 
 class FleetError(RunError):
@@ -19,10 +20,16 @@ class Engine:
     name: str
     actor: Any
     started: Any  # the pending result of `VllmEngine.start`
-    state: Literal["starting", "ready", "failed"] = "starting"
+    slot: int = 0  # which of the places for engines it has; who replaces it has the same
+    ready_by: float = math.inf  # on the monotonic clock
+    state: Literal["starting", "ready", "failed", "quarantined"] = "starting"
     version: int | None = None  # the last it acknowledged
-    reason: str = ""  # why it failed
+    reason: str = ""  # why it ended
     load: int = 0  # completions under way
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("failed", "quarantined")
 
 
 class Roster:
@@ -62,7 +69,39 @@ class Roster:
     @property
     def alive(self) -> list[str]:
         with self._changed:
-            return [name for name, e in self._engines.items() if e.state != "failed"]
+            return [name for name, e in self._engines.items() if not e.ended]
+
+    @property
+    def ready(self) -> list[str]:
+        """Those that are alive and started."""
+        with self._changed:
+            return [name for name, e in self._engines.items() if e.state == "ready"]
+
+    @property
+    def starting(self) -> list[Engine]:
+        with self._changed:
+            return [e for e in self._engines.values() if e.state == "starting"]
+
+    def of_slot(self, slot: int) -> list[Engine]:
+        """All that ever had the place, the first of them first."""
+        with self._changed:
+            return [e for e in self._engines.values() if e.slot == slot]
+
+    @property
+    def slots(self) -> int:
+        with self._changed:
+            return len({e.slot for e in self._engines.values()})
+
+    @property
+    def replaced(self) -> int:
+        """Engines that were started in the place of others."""
+        with self._changed:
+            return len(self._engines) - len({e.slot for e in self._engines.values()})
+
+    @property
+    def quarantined(self) -> int:
+        with self._changed:
+            return sum(e.state == "quarantined" for e in self._engines.values())
 
     @property
     def serving(self) -> list[str]:
@@ -72,7 +111,7 @@ class Roster:
     @property
     def failures(self) -> dict[str, str]:
         with self._changed:
-            return {e.name: e.reason for e in self._engines.values() if e.state == "failed"}
+            return {e.name: e.reason for e in self._engines.values() if e.ended}
 
     def acknowledge(self, name: str, version: int | None) -> None:
         """Notes that an engine is ready, with `version` loaded."""
@@ -80,10 +119,12 @@ class Roster:
             self._engines[name].state = "ready"
             self._engines[name].version = version
 
-    def fail(self, name: str, reason: str) -> None:
+    def end(
+        self, name: str, reason: str, state: Literal["failed", "quarantined"] = "failed"
+    ) -> None:
         """Takes an engine out for good."""
         with self._changed:
-            self._engines[name].state = "failed"
+            self._engines[name].state = state
             self._engines[name].reason = reason
             self._serving.discard(name)
             self._changed.notify_all()
@@ -120,7 +161,8 @@ class Roster:
           was given counts as its load until `release`.
 
         Raises:
-          FleetError: nobody serves, or an update was not admitted within `timeout_s`.
+          EnginesGone: nobody serves.
+          FleetError: an update was not admitted within `timeout_s`.
         """
         with self._changed:
             if not self._changed.wait_for(self._decided, timeout_s):
@@ -128,7 +170,7 @@ class Roster:
                     f"the engines loaded new weights and none was admitted within {timeout_s:g} s"
                 )
             if not self._serving or self._version is None:
-                raise FleetError(self._why_nobody_serves())
+                raise EnginesGone(self._why_nobody_serves())
             shares: dict[str, list[int]] = {}
             for index, cost in enumerate(costs):
                 name = min(sorted(self._serving), key=lambda name: self._engines[name].load)
@@ -143,10 +185,10 @@ class Roster:
 
     def _decided(self) -> bool:
         """Whether it is known who serves, or that nobody will."""
-        return not self._suspended or all(e.state == "failed" for e in self._engines.values())
+        return not self._suspended or all(e.ended for e in self._engines.values())
 
     def _why_nobody_serves(self) -> str:
-        reasons = [e.reason for e in self._engines.values() if e.state == "failed"]
+        reasons = [e.reason for e in self._engines.values() if e.ended]
         return (
             f"no engine is left that serves weight version {self._version}: "
             f"{'; '.join(reasons) or 'none was admitted'}. What each engine printed is in Ray's "

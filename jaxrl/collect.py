@@ -19,8 +19,8 @@ class Engines(Protocol):
         """Starts to sample `sampling.n` rollouts of each prompt, every token by the newest
         published weights. Sample i of prompt p is drawn with seed `seeds[p] + i`.
 
-        Returns at once; what it returns waits for the groups, which are in the order of `prompts`.
-        Nothing is published meanwhile.
+        Returns at once; what it returns waits for the groups, which are in the order of `prompts`,
+        or raises EnginesGone. Nothing is published meanwhile.
         """
         ...
 

@@ -5,7 +5,7 @@ in it. Models are frozen and strict, and a key that is not listed is an error.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
     """A field with its meaning and unit, which `--help` prints. `...` as default: required."""
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+
+
+EngineDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -121,8 +124,10 @@ class RolloutSection(Section):
 
 class VllmSection(Section):
     engines: int = knob(1, "vLLM engines, each one Ray actor", unit="engines", ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU"
+    dtype: EngineDtype | Annotated[list[EngineDtype], Field(min_length=1)] = knob(
+        "auto",
+        "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU. Of a list the engines "
+        "take one item each, and start again from the first",
     )
     tensor_parallel: int = knob(1, "devices one engine is split over", unit="devices", ge=1)
     max_num_seqs: int = knob(256, "completions decoded at the same time", unit="completions", ge=1)
@@ -149,6 +154,13 @@ class VllmSection(Section):
     )
     start_timeout_s: float = knob(
         600.0, "deadline for an engine to be ready", unit="seconds", gt=0.0
+    )
+    max_restarts: int = knob(
+        3,
+        "engines started in the place of one that is lost, one after the other; a new one joins at "
+        "the first publish after it is ready",
+        unit="engines",
+        ge=0,
     )
 
 
@@ -291,7 +303,25 @@ class PublishSection(Section):
     )
     bucket_mib: int = knob(64, "size of one buffer on the wire", unit="MiB", ge=1)
     keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
-    timeout_s: float = knob(120.0, "deadline for one publish", unit="seconds", gt=0.0)
+    timeout_s: float = knob(
+        120.0,
+        "deadline for an engine to fetch, load and prove a version; two fifths of it for the bytes "
+        "to arrive",
+        unit="seconds",
+        gt=0.0,
+    )
+    examine_every: int = knob(
+        16,
+        "versions from one for which every engine compares all that its model holds with what was "
+        "sent to the next; the first is one, as is an engine's first; 0: none",
+        unit="versions",
+        ge=0,
+    )
+    fallback: Literal["none", "shuttle"] = knob(
+        "none",
+        "shuttle: an engine that cannot have a version from the object store gets it, whole, "
+        "through publish.shuttle_dir",
+    )
     probe_tolerance: float | None = knob(
         None,
         "largest difference between engine and trainer log-probs on the probe prompt before an "
@@ -348,11 +378,16 @@ class Config(Section):
         return self.rollout.prompts_per_step * self.rollout.group_size
 
     @property
+    def engine_dtypes(self) -> list[str]:
+        """What the engines run in, one after the other, `auto` resolved."""
+        given = self.vllm.dtype if isinstance(self.vllm.dtype, list) else [self.vllm.dtype]
+        auto = "bfloat16" if self.vllm.gpus_per_engine else "float32"
+        return [auto if dtype == "auto" else dtype for dtype in given]
+
+    @property
     def engine_dtype(self) -> str:
-        """What the engines run in, `auto` resolved."""
-        if self.vllm.dtype != "auto":
-            return self.vllm.dtype
-        return "bfloat16" if self.vllm.gpus_per_engine else "float32"
+        """The widest that an engine runs in."""
+        return "float32" if "float32" in self.engine_dtypes else self.engine_dtypes[0]
 
     @property
     def kv_cache_bytes(self) -> int | None:
@@ -376,7 +411,7 @@ class Config(Section):
         """Nats, the default resolved: a wrong tensor shows as whole nats, rounding does not."""
         if self.publish.probe_tolerance is not None:
             return self.publish.probe_tolerance
-        exact = self.engine_dtype == self.wire_dtype == "float32"
+        exact = {*self.engine_dtypes, self.wire_dtype} == {"float32"}
         return 1e-4 if exact and self.model.compute_dtype != "bfloat16" else 0.5
 
 
@@ -390,6 +425,11 @@ def contradictions(c: Config) -> list[str]:
             f"update.max_tokens_per_microbatch = {microbatch} is less than the longest sample: "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; make it at least "
             f"{longest}, or lower one of the two"
+        )
+    if c.publish.fallback != "none" and c.publish.channel != "object_store":
+        found.append(
+            f"publish.fallback = {c.publish.fallback} with publish.channel = {c.publish.channel}: "
+            "it is for publish.channel = object_store; set publish.fallback = none"
         )
     found += _contradictions_of_hosts(c.hosts)
     found += _faults_of_url(c.publish.shuttle_dir or "")

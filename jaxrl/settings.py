@@ -10,13 +10,13 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from jaxrl.config import Config, Section, contradictions
+from jaxrl.config import Config, EngineDtype, Section, contradictions
 from jaxrl.types import UserError
 
 USAGE = "python -m jaxrl.train --config FILE [--resume | --dry-run] [--section.key VALUE ...]"
@@ -147,10 +147,11 @@ def describe(c: Config) -> str:
     if c.rollout.engine == "inprocess":
         lines.insert(-1, "rollouts: the jitted sampler in the trainer; no Ray, no vLLM")
     else:
+        dtypes = " and ".join(c.engine_dtypes)
         where = f"the Ray cluster at {c.vllm.ray_address}" if c.vllm.ray_address else "a local Ray"
         lines.insert(
             -1,
-            f"rollouts: {c.vllm.engines} vLLM engine(s) in {c.engine_dtype} on {where}, each "
+            f"rollouts: {c.vllm.engines} vLLM engine(s) in {dtypes} on {where}, each "
             f"{c.vllm.cpus_per_engine:g} CPUs and {c.vllm.gpus_per_engine:g} GPUs; weights go over "
             f"{c.publish.channel} in {c.wire_dtype}",
         )
@@ -279,6 +280,8 @@ def _explain(item: Any) -> str:
         return f"{key}: expected a section with keys, found {value!r}"
     if key.startswith("data.task_args."):
         return f"{'.'.join(location[:3])}: expected a number, text, true, false or a list of texts"
+    if key.startswith("vllm.dtype."):
+        return f"vllm.dtype: expected {', '.join(get_args(EngineDtype))} or a list of some of them"
     message = item["msg"].removeprefix("Input should be ")
     message = message.replace("String should match", "text matching")
     return f"{key} = {value!r}: expected {message.removeprefix('a valid ')}"

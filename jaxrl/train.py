@@ -25,7 +25,7 @@ from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
 from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
 from jaxrl.settings import Command, describe, parse_command_line, to_yaml
-from jaxrl.types import Group, Prompt, RunError, Sampling, TrainBatch, UserError
+from jaxrl.types import EnginesGone, Group, Prompt, RunError, Sampling, TrainBatch, UserError
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jax.sharding import Mesh
@@ -141,7 +141,13 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     clock, rollouts = Clock(), begin(prompts)
 
     for step in range(first_step + 1, c.run.steps + 1):
-        groups = rollouts()
+        try:
+            groups = rollouts()
+        except EnginesGone as error:
+            warn(f"step {step}: {error}; sampling it again")
+            version = parts.next_version()
+            parts.publish(state.params, version)
+            groups = begin(prompts)()
         clock.lap("rollout")
         lag_max = lag(groups, version)
         if lag_max > MAX_LAG:
@@ -195,6 +201,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             "publish/delta": int(report.base is not None),
             "publish/pause_s": report.pause_s,
             "publish/engines": report.engines,
+            "fleet/replaced": report.replaced,
+            "fleet/quarantined": report.quarantined,
             "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
             "data/cursor": cursor,
             "data/skipped_too_long": skipped_too_long,
@@ -702,22 +710,26 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
             gpus_per_engine=c.vllm.gpus_per_engine,
             start_timeout_s=c.vllm.start_timeout_s,
             request_timeout_s=c.rollout.timeout_s,
-            update_timeout_s=c.publish.timeout_s,
+            max_restarts=c.vllm.max_restarts,
             ray_address=c.vllm.ray_address,
             object_store_bytes=c.vllm.object_store_mib << 20,
         ),
-        EngineSettings(
-            dtype=c.engine_dtype,
-            max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
-            max_num_seqs=c.vllm.max_num_seqs,
-            kv_cache_bytes=c.kv_cache_bytes,
-            gpu_memory_utilization=c.vllm.gpu_memory_utilization,
-            tensor_parallel=c.vllm.tensor_parallel,
-            enforce_eager=c.vllm.enforce_eager,
-            lora=None if lora is None else adapter_config(lora, trained, c.model.path),
-        ),
+        [
+            EngineSettings(
+                dtype=dtype,
+                max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
+                max_num_seqs=c.vllm.max_num_seqs,
+                kv_cache_bytes=c.kv_cache_bytes,
+                gpu_memory_utilization=c.vllm.gpu_memory_utilization,
+                tensor_parallel=c.vllm.tensor_parallel,
+                enforce_eager=c.vllm.enforce_eager,
+                lora=None if lora is None else adapter_config(lora, trained, c.model.path),
+            )
+            for dtype in c.engine_dtypes
+        ],
         engine_files(model_dir),
         expected_tensors(trained, c.wire_dtype),
+        warn,
     )
     fleet.start()
     return fleet
@@ -740,28 +752,33 @@ def connect_bridge(
     from bridge.names import expected_tensors
     from bridge.publisher import Publisher
 
-    channel = (
-        ObjectStoreChannel(c.publish.keep_versions)
-        if c.publish.channel == "object_store"
-        else open_shuttle(c.publish.shuttle_dir or str(run_dir.weights), c.publish.keep_versions)
-    )
+    keep = c.publish.keep_versions
+    shuttle = open_shuttle(c.publish.shuttle_dir or str(run_dir.weights), keep)
+    stored = c.publish.channel == "object_store"
     # A Ray of this process's own is for this host alone, and what the others have goes through it.
     shared = not hosts.alone and (c.publish.channel == "shuttle" or c.vllm.ray_address is not None)
     publisher = Publisher(
         learner.export,
-        channel,
+        ObjectStoreChannel(keep) if stored else shuttle,
         fleet,
         learner.score,
         probe=(held_out[0] if held_out else stream.peek()).tokens,
         probe_tolerance=c.probe_tolerance,
+        timeout_s=c.publish.timeout_s,
+        examine_every=c.publish.examine_every,
+        fallback=shuttle if c.publish.fallback == "shuttle" else None,
         encoder=Encoder(c.publish.encoding, c.publish.anchor_every),
         carrier=LedCarrier(hosts, c.publish.timeout_s) if shared else None,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+        warn=warn,
     )
     if learner.frozen is not None:
         expected = expected_tensors(learner.specs, FROZEN_DTYPE)
         publisher.publish_frozen(learner.export_frozen, learner.frozen, expected, next_version())
     return publisher.publish
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def resume(

@@ -27,6 +27,10 @@ class RunError(Exception):
     where, and the way out."""
 
 
+class EnginesGone(RunError):
+    """No engine is left that serves. After another publish those in their place may."""
+
+
 class UserError(RunError):
     """Something the user can put right: a setting, a file, a missing package."""
 
@@ -75,6 +79,17 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class EngineOutcome:
+    """How far one engine came with one version; `bridge.transaction.State` has the states."""
+
+    state: str  # the last: admitted, aborted, lost or quarantined
+    seconds: Mapping[str, float]  # that it took to reach each state
+    failed_in: str | None  # the state in which it failed; None if it was admitted
+    why: str  # it failed
+    digest: str  # of what it says it loaded; "" if it loaded nothing
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PublishReport:
     """What one publish did, once every engine that serves has acknowledged it."""
 
@@ -82,12 +97,15 @@ class PublishReport:
     digest: str  # of the whole version, equal at both ends; "" where no bytes crossed
     bytes: int  # that crossed
     seconds: float
-    engines: int  # that acknowledged
+    engines: int  # that were admitted
     probe_max_abs_dlogp: float  # nats, engine against trainer on the probe prompt
-    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds of each
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds, of the slowest
     pause_s: float = 0.0  # the longest that an engine sampled nothing
     base: int | None = None  # the version that it went as a difference from
     device_bytes: int = 0  # that left the trainer's devices for it
+    outcomes: Mapping[str, EngineOutcome] = dataclasses.field(default_factory=dict)  # by engine
+    replaced: int = 0  # engines started in the place of others, in the whole run
+    quarantined: int = 0  # engines that held something else than was sent, in the whole run
 
 
 class TrainBatch(NamedTuple):

@@ -128,6 +128,10 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
             {"optimizer__first_moment_dtype": "bfloat16", "optimizer__beta1": 0.999},
             ["optimizer.beta1 = 0.999", "make it 0.996 or less"],
         ),
+        (
+            {"publish__channel": "shuttle", "publish__fallback": "shuttle"},
+            ["publish.fallback = shuttle", "set publish.fallback = none"],
+        ),
         ({"run__steps": 5}, ["optimizer.warmup_steps = 10", "run.steps = 5"]),
     ],
 )
@@ -180,6 +184,12 @@ def test_a_shuttle_has_no_secret_in_its_url(tmp_path, where, problem):
     assert found.startswith(problem) and "secret" not in found
     for fine in ("s3://bucket/run", "gs://bucket", "/weights@new?"):
         assert load_tree(tmp_path, tree(publish__shuttle_dir=fine)).publish.shuttle_dir == fine
+
+
+@pytest.mark.parametrize("value", ["float8", ["bfloat16", "float8"], [], 16])
+def test_an_engine_dtype_that_is_neither_one_nor_a_list_of_some_is_one_problem(tmp_path, value):
+    (line,) = problems(tmp_path, tree(vllm__dtype=value))
+    assert line.startswith("vllm.dtype: expected auto, float32, bfloat16"), line
 
 
 def test_a_task_argument_of_no_known_type_is_one_problem(tmp_path):
@@ -371,6 +381,7 @@ CPU = (("vllm.gpus_per_engine", "0"),)
         (GPU, "bfloat16", "bfloat16", 0.5, None),
         (CPU, "float32", "float32", 1e-4, 512 << 20),
         ((*CPU, ("vllm.dtype", "bfloat16")), "bfloat16", "bfloat16", 0.5, 512 << 20),
+        ((*CPU, ("vllm.dtype", "[bfloat16, auto]")), "float32", "float32", 0.5, 512 << 20),
         ((*GPU, ("publish.dtype", "float32")), "bfloat16", "float32", 0.5, None),
         ((*CPU, ("model.compute_dtype", "bfloat16")), "float32", "float32", 0.5, 512 << 20),
         ((*GPU, ("rollout.engine", "inprocess")), "bfloat16", "float32", 0.5, None),

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrl.config import Config
 from jaxrl.train import Parts, run
-from jaxrl.types import Group, Prompt, PublishReport, Rollout, RunError
+from jaxrl.types import EnginesGone, Group, Prompt, PublishReport, Rollout, RunError
 
 STEPS = 4
 PROMPTS, GROUP = 3, 2
@@ -147,3 +147,33 @@ def test_tokens_of_an_older_version_are_not_trained_on():
     with pytest.raises(RunError, match="1 weight versions ago"):
         stand_ins.go()
     assert ("update", 1) not in stand_ins.events
+
+
+def test_a_step_whose_engines_are_all_lost_is_sampled_again_by_those_in_their_place():
+    stand_ins = Run()
+    begin, losses = stand_ins.begin, iter([True])
+
+    def lossy(prompts, sampling, seeds):
+        wait = begin(prompts, sampling, seeds)
+
+        def lost():
+            if stand_ins.version == 2 and next(losses, False):
+                stand_ins.waiting -= 1
+                raise EnginesGone("no engine is left")
+            return wait()
+
+        return lost
+
+    stand_ins.begin = lossy
+    stand_ins.save = lambda *saved: None
+    events = [event for event in stand_ins.go() if event[0] in ("publish", "begin", "update")]
+    assert events[:7] == [
+        ("publish", 1),
+        ("begin", 1, 1),
+        ("update", 1),
+        ("publish", 2),
+        ("begin", 2, 2),
+        ("publish", 3),
+        ("begin", 2, 3),
+    ]
+    assert events.count(("update", 2)) == 1 and events[-1] == ("publish", STEPS + 2)

@@ -2,22 +2,24 @@
 
 import dataclasses
 import re
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from bridge.channels import Channel, ChannelError, Ticket
+from bridge.channels import Channel, ChannelError, Ticket, fetch
+from bridge.channels.shuttle import ShuttleChannel
 from bridge.encoding import Encoder
 from bridge.publisher import Publisher, PublishError
+from bridge.receive import Receiver
+from bridge.transaction import EngineFailed, EngineLost, State, Transaction
 from bridge.wire import HostTensor, verify
 from jaxrl.types import RunError
 
 PROBE = (5, 6, 7)
 TOLERANCE = 1e-3
-
-
-class Failure(Exception):
-    """What a fleet returns for an engine that failed."""
+TIMEOUT_S = 60.0
 
 
 @dataclasses.dataclass
@@ -28,19 +30,31 @@ class FakeEngine:
     error: float = 0.0
     staged: tuple | None = None
     weights: np.ndarray | None = None
+    holds: int | None = None
+    wrong: dict = dataclasses.field(default_factory=dict)  # that an examination finds
+    unchecked: list = dataclasses.field(default_factory=list)
+    before: Callable = lambda method: None  # called ahead of each thing that is asked
 
     def stage(self, channel, ticket):
+        self.before("stage")
         if self.fault == "stage":
-            raise Failure("disk full")
+            raise EngineFailed("disk full")
+        if self.fault == "fetch" and "/first/" in ticket.address:
+            raise EngineFailed("no route to the trainer")
+        if self.fault == "first fetch":
+            self.fault = ""
+            raise EngineFailed("the connection was reset")
+        if self.fault == "hung":
+            raise EngineLost("did not finish before its deadline: stage")
         self.staged = channel.read(ticket)
 
     def commit(self, version):
         if self.staged is None:
-            raise Failure(f"nothing is staged for version {version}")
+            raise EngineFailed(f"nothing is staged for version {version}")
         if self.fault == "commit":
-            raise Failure("out of memory")
+            raise EngineLost("out of memory")
         (staged, digest, weights), self.staged = self.staged, None
-        self.weights = weights
+        self.weights, self.holds = weights, staged
         return {
             "version": staged - 1 if self.fault == "version" else staged,
             "digest": "0" * 64 if self.fault == "digest" else digest,
@@ -48,18 +62,21 @@ class FakeEngine:
 
     def score(self, tokens):
         if self.fault == "score":
-            raise Failure("died while scoring")
-        if self.weights is None:
-            raise Failure("has no weights yet")
+            raise EngineFailed("vLLM scored another token")
         logprobs = model(self.weights, tokens)
         logprobs[-1] += self.error  # one wrong token is enough
         return logprobs[:-1] if self.fault == "short" else logprobs
+
+    def examine(self):
+        version = self.holds - 1 if self.fault == "examined" else self.holds
+        return {"version": version, "wrong": self.wrong, "unchecked": self.unchecked}
 
 
 class FakeChannel(Channel):
     """Versions in memory."""
 
     def __init__(self):
+        super().__init__(keep_versions=1)
         self.versions, self.puts, self.aborted = {}, 0, 0
         self.full_at = None  # bucket that there is no room for
 
@@ -101,38 +118,59 @@ class FakeShipment:
 
 
 class FakeFleet:
-    """Engines by name, and a record of what was asked of them, in order."""
+    """Engines by name, and a record of what each was asked, in order."""
+
+    replaced = quarantined = 0
 
     def __init__(self, channel, **engines):
         self.channel, self.engines = channel, engines
-        self.asked, self.serving, self.expected = [], {}, []
-        self.silent = set()  # engines that are gone when the probe is sent
+        self.asked, self.serving, self.expected = {name: [] for name in engines}, {}, []
+        self.ended, self.starting = {}, []  # name -> why; lists of (name, engine), ready in turn
+        self.admissions = 0
 
-    def _ask(self, name, call):
-        self.asked.append(name)
-        outcomes = {}
-        for engine_name, engine in self.engines.items():
-            if name == "score" and engine_name in self.silent:
-                continue
-            try:
-                outcomes[engine_name] = call(engine)
-            except Failure as failure:
-                outcomes[engine_name] = failure
-        return outcomes
+    def members(self):
+        return [name for name in self.engines if name not in self.ended]
 
-    def stage(self, ticket, expected=None):
+    def wait_members(self):
+        joined = self.starting.pop(0) if self.starting else []
+        self.engines |= dict(joined)
+        self.asked |= {name: [] for name, _ in joined}
+        return [name for name, _ in joined]
+
+    def holds(self, name):
+        return self.engines[name].holds
+
+    def _ask(self, name, method, *args):
+        self.asked[name].append(method)
+        try:
+            return getattr(self.engines[name], method)(*args)
+        except EngineLost as lost:
+            self.ended[name] = str(lost)
+            raise
+
+    def stage(self, name, ticket, fetch_s, timeout_s, expected=None):
+        assert 0 < 2 * fetch_s < timeout_s <= TIMEOUT_S
         self.expected.append(expected)
-        return self._ask("stage", lambda engine: engine.stage(self.channel, ticket))
+        return self._ask(name, "stage", self.channel, ticket)
 
-    def commit(self, version):
-        return self._ask("commit", lambda engine: engine.commit(version))
+    def commit(self, name, version, timeout_s):
+        assert 0 < timeout_s <= TIMEOUT_S
+        return self._ask(name, "commit", version)
 
-    def score(self, tokens):
-        assert list(tokens) == list(PROBE)
-        return self._ask("score", lambda engine: engine.score(tokens))
+    def score(self, name, tokens, timeout_s):
+        assert list(tokens) == list(PROBE) and 0 < timeout_s <= TIMEOUT_S
+        return self._ask(name, "score", tokens)
+
+    def examine(self, name, timeout_s):
+        assert 0 < timeout_s <= TIMEOUT_S
+        return self._ask(name, "examine")
+
+    def quarantine(self, name, why):
+        self.ended[name] = why
 
     def admit(self, names, version):
-        self.asked.append("admit")
+        assert not self.ended.keys() & set(names)
+        self.admissions += 1
         self.serving = dict.fromkeys(names, version)
 
 
@@ -158,9 +196,9 @@ class Export:
         return self.groups(params)
 
 
-def make(**engines):
+def make(channel=None, examine_every=0, fallback=None, **engines):
     """(publisher, fleet, warnings)."""
-    channel = FakeChannel()
+    channel = channel or FakeChannel()
     fleet = FakeFleet(channel, **engines)
     warnings = []
     publisher = Publisher(
@@ -170,6 +208,9 @@ def make(**engines):
         model,
         probe=PROBE,
         probe_tolerance=TOLERANCE,
+        timeout_s=TIMEOUT_S,
+        examine_every=examine_every,
+        fallback=fallback,
         warn=warnings.append,
     )
     return publisher, fleet, warnings
@@ -179,23 +220,33 @@ def params(seed=0):
     return np.random.default_rng(seed).uniform(0.5, 2.0, 4).astype(np.float32)
 
 
-# What is wrong with an engine -> what the report says of it.
+# What is wrong with an engine -> what the report says of it, how it ends, and in which state.
 FAULTS = {
-    "stage": (FakeEngine("stage"), "disk full"),
-    "commit": (FakeEngine("commit"), "out of memory"),
-    "version": (FakeEngine("version"), "acknowledged version 6 .* published was 7"),
-    "digest": (FakeEngine("digest"), "with digest 0000"),
-    "score": (FakeEngine("score"), "died while scoring"),
-    "short": (FakeEngine("short"), "no log-prob for each token"),
-    "difference": (FakeEngine(error=2 * TOLERANCE), r"differ from the trainer's by 0\.002 nats"),
-    "negative": (FakeEngine(error=-2 * TOLERANCE), r"differ from the trainer's by 0\.002 nats"),
-    "nan": (FakeEngine(error=np.nan), "differ from the trainer's by nan nats"),
-    "inf": (FakeEngine(error=-np.inf), "differ from the trainer's by inf nats"),
+    "stage": (FakeEngine("stage"), "disk full; again: disk full", "aborted", "announced"),
+    "hung": (FakeEngine("hung"), "deadline: stage", "lost", "announced"),
+    "commit": (FakeEngine("commit"), "out of memory", "lost", "fetched"),
+    "version": (
+        FakeEngine("version"),
+        "acknowledged version 6 .* published was 7",
+        "quarantined",
+        "applied",
+    ),
+    "digest": (FakeEngine("digest"), "with digest 0000", "quarantined", "applied"),
+    "score": (FakeEngine("score"), "scored another token", "aborted", "applied"),
+    "short": (FakeEngine("short"), "no log-prob for each token", "quarantined", "applied"),
+} | {
+    str(error): (
+        FakeEngine(error=error * TOLERANCE),
+        rf"differ from the trainer's by {said} nats",
+        "quarantined",
+        "applied",
+    )
+    for error, said in [(2, r"0\.002"), (-2, r"0\.002"), (np.nan, "nan"), (-np.inf, "inf")]
 }
 
 
 def faulty(name):
-    engine, said = FAULTS[name]
+    engine, said, *_ = FAULTS[name]
     return dataclasses.replace(engine), said
 
 
@@ -204,12 +255,16 @@ def test_engines_that_prove_the_version_serve_it(errors):
     a, b = (FakeEngine(error=error * TOLERANCE) for error in errors)
     publisher, fleet, warnings = make(a=a, b=b)
     report = publisher.publish(params(), 7)
-    assert fleet.asked == ["stage", "commit", "score", "admit"]
-    assert fleet.serving == {"a": 7, "b": 7} and not warnings
+    assert fleet.asked == {name: ["stage", "commit", "score"] for name in "ab"}
+    assert fleet.serving == {"a": 7, "b": 7} and fleet.admissions == 1 and not warnings
     assert (report.version, report.engines, report.bytes) == (7, 2, 16)
     assert report.digest == fleet.channel.versions[7][0].digest
     assert report.probe_max_abs_dlogp == pytest.approx(0.5 * TOLERANCE, rel=1e-3)
     np.testing.assert_array_equal(fleet.engines["a"].weights, params())
+    states = ["announced", "fetched", "applied", "acknowledged", "admitted"]
+    for outcome in report.outcomes.values():
+        assert (outcome.state, outcome.failed_in) == ("admitted", None)
+        assert list(outcome.seconds) == states and outcome.digest == report.digest
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -222,6 +277,11 @@ def test_an_engine_that_fails_is_left_out_and_named_and_the_other_serves(fault):
     assert report.probe_max_abs_dlogp == pytest.approx(1e-5, rel=0.05)  # of those that serve
     assert len(warnings) == 1 and re.search(f"version 7.* bad: .*{said}", warnings[0])
     assert "good" not in warnings[0]
+    *_, state, failed_in = FAULTS[fault]
+    outcome = report.outcomes["bad"]
+    assert (outcome.state, outcome.failed_in) == (state, failed_in)
+    assert f"({state} when {failed_in})" in warnings[0] and re.search(said, outcome.why)
+    assert ("bad" in fleet.ended) == (state != "aborted")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -232,32 +292,152 @@ def test_when_every_engine_fails_nothing_serves_and_each_is_named(fault):
     with pytest.raises(PublishError) as error:
         publisher.publish(params(), 7)
     assert re.search(f"version 7: .*one: .*{said}.*; other: .*{said}", str(error.value))
-    assert "admit" not in fleet.asked and not fleet.serving and not warnings
+    assert not fleet.admissions and not fleet.serving and not warnings
     assert isinstance(error.value, RunError)
 
 
 def test_engines_that_fail_in_different_ways_are_all_named():
-    engines = {fault: faulty(fault)[0] for fault in FAULTS}
+    engines = {f"engine-{fault}": faulty(fault)[0] for fault in FAULTS}
     publisher, fleet, _ = make(**engines)
     with pytest.raises(PublishError) as error:
         publisher.publish(params(), 7)
-    for fault, (_, said) in FAULTS.items():
-        assert re.search(f"{fault}: [^;]*{said}", str(error.value))
+    for fault, (_, said, *_) in FAULTS.items():
+        assert re.search(f"engine-{re.escape(fault)}: [^(]*{said}", str(error.value))
     assert not fleet.serving
 
 
-def test_an_engine_that_is_gone_when_the_probe_is_sent_does_not_serve():
-    publisher, fleet, warnings = make(good=FakeEngine(), gone=FakeEngine())
-    fleet.silent = {"gone"}
+def test_an_engine_loads_and_proves_itself_while_a_slower_one_still_fetches():
+    """And none of them is admitted before the other has an outcome."""
+    proven, seen = threading.Event(), []
+
+    class Fast(FakeEngine):
+        def score(self, tokens):
+            found = super().score(tokens)
+            proven.set()
+            return found
+
+    def wait(method):
+        seen.append((proven.wait(20), dict(fleet.serving)))
+
+    publisher, fleet, _ = make(slow=FakeEngine(before=wait), fast=Fast())
     publisher.publish(params(), 7)
-    assert fleet.serving == {"good": 7} and "gone: " in warnings[0]
+    assert seen == [(True, {})] and fleet.serving == {"fast": 7, "slow": 7}
 
 
-def test_the_first_thing_that_went_wrong_is_what_is_said():
-    """An engine that could not stage cannot commit either; the cause is the former."""
-    publisher, _, warnings = make(good=FakeEngine(), bad=FakeEngine("stage"))
+@pytest.mark.parametrize("fault", ["", "stage"])
+def test_what_goes_wrong_in_the_trainer_meanwhile_ends_the_publish(fault):
+    publisher, fleet, _ = make(a=FakeEngine(fault))
+    publisher._score = lambda params, tokens: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        publisher.publish(params(), 7)
+    assert not fleet.serving
+
+
+def test_one_failed_fetch_is_tried_again():
+    publisher, fleet, warnings = make(a=FakeEngine("first fetch"))
+    assert publisher.publish(params(), 7).engines == 1 and not warnings
+    assert fleet.asked["a"] == ["stage", "stage", "commit", "score"]
+
+
+class Files(ShuttleChannel):
+    """Whoever cannot use the first one is told by the directory's name."""
+
+    def read(self, ticket):
+        found = Receiver().receive(ticket, 1.0)
+        return found.manifest.version, found.digest, found.data[0].view(np.float32)
+
+
+def make_with_fallback(root, **engines):
+    return make(Files(root / "first"), fallback=Files(root / "second"), **engines)
+
+
+def test_who_cannot_use_the_channel_gets_the_same_version_through_the_fallback(tmp_path):
+    engines = {"good": FakeEngine(), "one": FakeEngine("fetch"), "two": FakeEngine("fetch")}
+    publisher, fleet, warnings = make_with_fallback(tmp_path, **engines)
+    publisher._encoder = Encoder("delta")
+    for version in (7, 8):
+        report = publisher.publish(params(version), version)
+        assert report.engines == 3 and not warnings
+        assert fleet.asked["one"] == ["stage", "stage", "commit", "score"]
+        fleet.asked["one"].clear()
+        assert {outcome.digest for outcome in report.outcomes.values()} == {report.digest}
+        np.testing.assert_array_equal(fleet.engines["two"].weights, params(version))
+    assert report.base == 7  # and is whole in the fallback, which may lack what came before
+    ticket = Ticket("shuttle", 8, report.digest, str(tmp_path / "second" / "v00000008"))
+    assert fetch(ticket, 1.0)[0].base is None
+
+
+def test_the_fallback_is_not_used_while_everybody_can_do_without(tmp_path):
+    publisher, *_ = make_with_fallback(tmp_path, good=FakeEngine(), bad=FakeEngine("commit"))
     publisher.publish(params(), 7)
-    assert "bad: disk full" in warnings[0] and "nothing is staged" not in warnings[0]
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_fallback_that_fails_too_is_told_with_the_first_cause(tmp_path):
+    publisher, fleet, warnings = make_with_fallback(
+        tmp_path, good=FakeEngine(), bad=FakeEngine("fetch")
+    )
+    (tmp_path / "second").write_text("in the way")
+    publisher.publish(params(), 7)
+    assert fleet.serving == {"good": 7}
+    assert re.search("no route to the trainer; through publish.fallback: .*second", warnings[0])
+
+
+def test_what_a_model_holds_is_examined_in_every_nth_version_and_in_an_engines_first():
+    publisher, fleet, _ = make(examine_every=3, a=FakeEngine())
+    for version in range(1, 6):
+        if version == 3:
+            fleet.engines["b"], fleet.asked["b"] = FakeEngine(), []
+        publisher.publish(params(), version)
+    examined = [(name, asked.count("examine")) for name, asked in fleet.asked.items()]
+    assert examined == [("a", 2), ("b", 2)]  # 1 and 4; 3, which is its first, and 4
+    assert fleet.serving == {"a": 5, "b": 5}
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            FakeEngine(wrong={"norm.weight": "one row", "q": "swapped"}),
+            "norm.weight: one row; q: s",
+        ),
+        (FakeEngine("examined"), "examined was version 6, published was 7"),
+    ],
+)
+def test_an_engine_whose_model_holds_something_else_is_quarantined(engine, said):
+    publisher, fleet, warnings = make(examine_every=1, good=FakeEngine(), bad=engine)
+    report = publisher.publish(params(), 7)
+    assert fleet.serving == {"good": 7} and report.outcomes["bad"].state == "quarantined"
+    assert said in fleet.ended["bad"] and said in warnings[0]
+
+
+def test_tensors_that_cannot_be_examined_are_told_once():
+    publisher, fleet, warnings = make(examine_every=1, a=FakeEngine(unchecked=["x", "y"]))
+    publisher.publish(params(), 1)
+    publisher.publish(params(), 2)
+    assert fleet.serving == {"a": 2}
+    assert len(warnings) == 1 and "2 tensors cannot be examined" in warnings[0]
+    assert "x, y" in warnings[0]
+
+
+def test_when_nobody_is_left_the_publish_waits_for_those_that_start():
+    publisher, fleet, warnings = make(a=FakeEngine("commit"))
+    fleet.starting = [[("b", FakeEngine("digest"))], [("c", FakeEngine())]]
+    report = publisher.publish(params(), 7)
+    assert fleet.serving == {"c": 7} and report.engines == 1
+    assert [outcome.state for outcome in report.outcomes.values()] == [
+        "lost",
+        "quarantined",
+        "admitted",
+    ]
+    assert "a: out of memory" in warnings[0] and "b: " in warnings[0]
+
+
+def test_who_serves_does_not_wait_for_those_that_start():
+    publisher, fleet, _ = make(a=FakeEngine(), b=FakeEngine("commit"))
+    fleet.starting = [[("c", FakeEngine())]]
+    publisher.publish(params(), 7)
+    assert fleet.serving == {"a": 7} and fleet.starting
 
 
 def test_an_engine_left_with_old_weights_is_found_by_the_probe():
@@ -275,6 +455,7 @@ def test_an_engine_left_with_old_weights_is_found_by_the_probe():
     assert fleet.serving == {"good": 0, "bad": 0}
     publisher.publish(params(1), 1)
     assert fleet.serving == {"good": 1} and "bad: its log-probs" in warnings[0]
+    assert "bad" in fleet.ended
 
 
 def test_an_engine_that_failed_once_may_serve_the_next_version():
@@ -289,10 +470,10 @@ def test_an_engine_that_failed_once_may_serve_the_next_version():
 def test_a_channel_that_cannot_carry_the_version_asks_nothing_of_the_engines():
     publisher, fleet, _ = make(a=FakeEngine())
     publisher.publish(params(), 3)
-    fleet.asked.clear()
+    fleet.asked["a"].clear()
     with pytest.raises(ChannelError, match="version 3 exists"):
         publisher.publish(params(), 3)
-    assert not fleet.asked and fleet.serving == {"a": 3}
+    assert not fleet.asked["a"] and fleet.serving == {"a": 3}
 
 
 def test_what_was_published_does_not_change_when_the_parameters_do():
@@ -307,27 +488,31 @@ def test_what_was_published_does_not_change_when_the_parameters_do():
 EXPECTED = [("w", "float32", (4,))]
 
 
-def test_frozen_weights_are_carried_and_loaded_and_nobody_is_admitted_yet():
-    publisher, fleet, warnings = make(a=FakeEngine(), b=FakeEngine())
+def test_every_engine_loads_the_frozen_weights_ahead_of_its_first_version():
+    publisher, fleet, warnings = make(a=FakeEngine())
+    loaded = []
+    fleet.stage, stage = lambda *asked: loaded.append(asked[:2]) or stage(*asked), fleet.stage
     publisher.publish_frozen(Export(), params(), EXPECTED, 3)
-    assert fleet.asked == ["stage", "commit"] and fleet.expected == [EXPECTED]
-    assert not fleet.serving and not warnings
-    np.testing.assert_array_equal(fleet.engines["b"].weights, params())
+    assert not fleet.asked["a"] and not fleet.serving
     publisher.publish(params(1), 4)
-    assert fleet.expected == [EXPECTED, None]  # a version holds what every version does
-    assert fleet.serving == {"a": 4, "b": 4}
+    fleet.engines["b"], fleet.asked["b"] = FakeEngine(), []
+    publisher.publish(params(2), 5)
+    steps = [(name, ticket.version) for name, ticket in loaded]
+    assert [v for name, v in steps if name == "a"] == [3, 4, 5]
+    assert [v for name, v in steps if name == "b"] == [3, 5]
+    assert fleet.expected.count(EXPECTED) == 2 and fleet.expected.count(None) == 3
+    assert fleet.serving == {"a": 5, "b": 5} and not warnings
+    np.testing.assert_array_equal(fleet.engines["b"].weights, params(2))
 
 
-@pytest.mark.parametrize("fault", ["stage", "commit", "version", "digest"])
+@pytest.mark.parametrize("fault", ["stage", "commit", "digest"])
 def test_an_engine_that_does_not_get_the_frozen_weights_is_named(fault):
     engine, said = faulty(fault)
-    publisher, _, warnings = make(good=FakeEngine(), bad=engine)
+    publisher, fleet, warnings = make(good=FakeEngine(), bad=engine)
     publisher.publish_frozen(Export(), params(), EXPECTED, 7)
+    publisher.publish(params(), 8)
     assert len(warnings) == 1 and "bad: " in warnings[0] and re.search(said, warnings[0])
-    alone, _ = faulty(fault)
-    publisher, *_ = make(bad=alone)
-    with pytest.raises(PublishError, match=said):
-        publisher.publish_frozen(Export(), params(), EXPECTED, 7)
+    assert "when staged" in warnings[0] and fleet.serving == {"good": 8}
 
 
 NAMES = tuple("abcdefghij")
@@ -346,7 +531,8 @@ def test_every_group_is_a_bucket_in_the_order_of_the_export():
 @pytest.mark.parametrize("encoding", ["full", "delta"])
 def test_a_manifest_says_whether_the_next_version_may_be_a_difference_from_it(encoding):
     _, fleet, _ = make(a=FakeEngine())
-    about = {"probe": PROBE, "probe_tolerance": TOLERANCE, "encoder": Encoder(encoding)}
+    about = {"probe": PROBE, "probe_tolerance": TOLERANCE, "timeout_s": TIMEOUT_S}
+    about["encoder"] = Encoder(encoding)
     Publisher(Export(), fleet.channel, fleet, model, **about, warn=print).publish(params(), 3)
     manifest, _ = fleet.channel.versions[3]
     assert manifest.keep == (encoding == "delta")
@@ -360,7 +546,31 @@ def test_a_bucket_that_cannot_be_put_ends_the_publish_and_the_export_is_still_ta
     with pytest.raises(ChannelError, match="no space"):
         publisher.publish_frozen(export, params(), EXPECTED, 0)
     assert export.taken == len(NAMES) and fleet.channel.puts <= full_at + 3
-    assert not fleet.asked and fleet.channel.aborted == 1
+    assert fleet.channel.aborted == 1
     fleet.channel.full_at = None
     publisher.publish_frozen(export, params(), EXPECTED, 1)
-    assert fleet.asked == ["stage", "commit"]
+    verify(*fleet.channel.versions[1])
+
+
+def test_frozen_weights_outlive_the_versions_that_come_after_them(tmp_path):
+    """In the fallback too, for an engine that joins late and cannot use the channel."""
+    publisher, fleet, warnings = make_with_fallback(tmp_path, a=FakeEngine("fetch"))
+    publisher.publish_frozen(Export(), params(), EXPECTED, 1)
+    for version in range(2, 7):
+        publisher.publish(params(version), version)
+    fleet.engines |= {"b": FakeEngine("fetch"), "c": FakeEngine()}
+    fleet.asked |= {"b": [], "c": []}
+    assert publisher.publish(params(7), 7).engines == 3 and not warnings
+    assert fleet.asked["c"] == ["stage", "commit", "stage", "commit", "score"]
+
+
+def test_no_state_can_be_left_out_and_what_has_ended_stays_so():
+    transaction = Transaction("a", TIMEOUT_S)
+    for state in (State.FETCHED, State.ACKNOWLEDGED, State.ADMITTED):
+        with pytest.raises(ValueError, match=f"{state} cannot follow staged"):
+            transaction.advance(state)
+    transaction.advance(State.ANNOUNCED)
+    transaction.fail(State.LOST, "died")
+    for state in State:
+        with pytest.raises(ValueError, match="cannot follow lost"):
+            transaction.advance(state)

@@ -65,7 +65,8 @@ def ready(settings, model, expected) -> Fleet:
 
 
 def scores(fleet: Fleet) -> list[np.ndarray]:
-    return [next(iter(fleet.score(probe).values())) for probe in PROBES]
+    (name,) = fleet.serving
+    return [fleet.score(name, probe, 60.0) for probe in PROBES]
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,42 @@ def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_direct
                 np.testing.assert_allclose(rollout.logprobs, trainer, atol=1e-4)
     finally:
         running.close()
+
+
+def test_an_engine_of_another_dtype_joins_a_run_and_serves_what_the_first_serves(
+    tmp_path, ray_cluster, engine_settings
+):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    decoder = load_config(tmp_path)
+    specs = param_specs(decoder)
+    a, b, c = (random_params(decoder, specs, jax.random.key(seed)) for seed in range(3))
+    mixed = [dataclasses.replace(engine_settings, dtype=d) for d in ("float32", "bfloat16")]
+    fleet = ready(mixed, engine_files(tmp_path), expected_tensors(specs, "float32"))
+    score = make_score(Policy(decoder, jnp.float32))
+    warnings = []
+    publisher = Publisher(
+        Exporter(specs, "float32", bucket_bytes=1 << 16),
+        ObjectStoreChannel(keep_versions=1),
+        fleet,
+        score,
+        probe=PROBES[0],
+        probe_tolerance=1.0,
+        encoder=Encoder("delta"),
+        warn=warnings.append,
+    )
+    try:
+        fleet.wait_ready()
+        assert publisher.publish(a, 1).engines == 1
+        fleet.add()
+        assert publisher.publish(b, 2).outcomes.keys() == {"engine-0"}  # nobody waits for it
+        assert fleet.wait_members() == ["engine-1"] and fleet.serving == ["engine-0"]
+        report = publisher.publish(c, 3)
+        assert report.base == 2  # which the second never had: it begins with version 1
+        assert report.engines == 2 and not warnings
+        assert {outcome.digest for outcome in report.outcomes.values()} == {report.digest}
+        exact, rounded = (fleet.score(name, PROBES[2], 60.0) for name in fleet.serving)
+        np.testing.assert_allclose(exact, score(c, PROBES[2]), atol=1e-4)
+        np.testing.assert_allclose(rounded, exact, atol=1.0)
+        assert np.abs(rounded - exact).max() > 1e-3  # it does run in bfloat16
+    finally:
+        fleet.close()

@@ -6,13 +6,14 @@ import time
 import pytest
 
 from bridge.roster import Engine, FleetError, Roster
+from jaxrl.types import EnginesGone
 
 
 @pytest.fixture
 def roster():
     roster = Roster()
-    for name in "abc":
-        roster.add(Engine(name, actor=None, started=None))
+    for slot, name in enumerate("abc"):
+        roster.add(Engine(name, actor=None, started=None, slot=slot))
         roster.acknowledge(name, 1)
     roster.admit("abc", 1)
     return roster
@@ -35,12 +36,28 @@ def test_released_work_no_longer_counts(roster):
     assert list(roster.assign([1], timeout_s=1)[1]) == [busy]
 
 
-def test_a_failed_engine_gets_nothing(roster):
-    roster.fail("b", "b died")
+@pytest.mark.parametrize("state", ["failed", "quarantined"])
+def test_an_engine_that_ended_gets_nothing(roster, state):
+    roster.end("b", "b died", state)
     assert roster.alive == roster.serving == ["a", "c"]
     assert roster.assign([1] * 4, timeout_s=1)[1].keys() == {"a", "c"}
-    with pytest.raises(FleetError, match=r"b cannot be admitted .* failed .* b died"):
+    with pytest.raises(FleetError, match=rf"b cannot be admitted .* {state} .* b died"):
         roster.admit("ab", 1)
+    assert roster.failures == {"b": "b died"} and roster.ready == ["a", "c"]
+    assert roster.quarantined == (state == "quarantined")
+
+
+def test_whoever_asks_waits_for_one_that_starts_in_the_place_of_the_last(roster):
+    roster.suspend()
+    roster.add(Engine("d", actor=None, started=None))
+    for name in "abc":
+        roster.end(name, f"{name} died")
+    assert roster.alive == ["d"] and roster.ready == []
+    with pytest.raises(FleetError, match="none was admitted within"):
+        roster.assign([1], timeout_s=0.05)
+    roster.acknowledge("d", 2)
+    roster.admit("d", 2)
+    assert roster.assign([1], timeout_s=1) == (2, {"d": [0]})
 
 
 @pytest.mark.parametrize("version", [0, 2])
@@ -77,7 +94,7 @@ def test_an_update_that_is_never_admitted_ends_the_wait(roster):
 def test_when_the_last_engine_fails_nobody_waits(roster):
     roster.suspend()
     started = time.monotonic()
-    threading.Timer(0.1, lambda: [roster.fail(name, f"{name} died") for name in "abc"]).start()
-    with pytest.raises(FleetError, match=r"no engine is left .* a died; b died; c died.*logs/"):
+    threading.Timer(0.1, lambda: [roster.end(name, f"{name} died") for name in "abc"]).start()
+    with pytest.raises(EnginesGone, match=r"no engine is left .* a died; b died; c died.*logs/"):
         roster.assign([1], timeout_s=30)
     assert time.monotonic() - started < 5

