@@ -354,11 +354,14 @@ class FetchingEngine(ScriptedEngine):
 
 
 class Export:
-    plan, nbytes = ("a", "b"), 2 * 64 * 4
+    plan, nbytes, device_bytes = ("a", "b"), 2 * 64 * 4, 0
 
     def groups(self, params):
         for name in self.plan:
             yield [HostTensor(name, "float32", params.shape, params.view(np.uint8).copy())]
+
+    def groups_since(self, kept, params):
+        return self.groups(params)
 
 
 def test_engines_that_cannot_use_the_object_store_or_die_cost_a_run_no_version(
