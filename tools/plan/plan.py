@@ -43,10 +43,11 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
     check_lengths(c, decoder)
     setup = prepare(c, decoder, target)
     update, export = compile_update(setup, target), compile_export(setup)
-    fits = does_fit(update, target) and does_fit(export, target)
     state = _bytes(setup.state)
     size = sizes(c, decoder, setup.specs, setup.trained, state, setup.batch)
-    sections = [_what(setup, target, size), _memory(setup, target, update, export)]
+    kept = _kept_bytes(c, size, target)
+    fits = does_fit(update, target, kept) and does_fit(export, target, kept)
+    sections = [_what(setup, target, size), _memory(setup, target, update, export, kept)]
     step = None
     if isinstance(update, Compiled):
         moves = traffic(update.cost.collectives, mesh_axes(c), target.chip)
@@ -59,15 +60,23 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
         both = pools(c, step.step, publish, options.engine_tokens_per_s)
         sections.append(_pools(both, size, c))
     if not fits:
-        sections.append(_advice(setup, target, options))
+        sections.append(_advice(setup, target, options, kept))
     record = {"fits": fits, "target": target.name} | report.record(sections)
     return Plan(fits, report.table(sections), record)
 
 
-def does_fit(program: Compiled | TooLarge, target: Target) -> bool:
+def does_fit(program: Compiled | TooLarge, target: Target, kept: int = 0) -> bool:
+    """`kept`: bytes of a device that hold something else all the time."""
     if isinstance(program, TooLarge):
         return False
-    return target.memory_bytes is None or program.peak <= target.memory_bytes
+    return target.memory_bytes is None or program.peak + kept <= target.memory_bytes
+
+
+def _kept_bytes(c: Config, size: Sizes, target: Target) -> int:
+    """Of a device: the last version, where the devices take differences from it."""
+    compares = {"mesh": True, "host": False, "auto": target.platform != "cpu"}[c.publish.compare]
+    compares &= c.publish.encoding == "delta" and c.rollout.engine == "vllm"
+    return size.publish // len(target.devices) if compares else 0
 
 
 def _what(setup: Setup, target: Target, size: Sizes) -> Section:
@@ -102,7 +111,11 @@ def _what(setup: Setup, target: Target, size: Sizes) -> Section:
 
 
 def _memory(
-    setup: Setup, target: Target, update: Compiled | TooLarge, export: Compiled | TooLarge
+    setup: Setup,
+    target: Target,
+    update: Compiled | TooLarge,
+    export: Compiled | TooLarge,
+    kept: int,
 ) -> Section:
     """Of each device. The export runs while the whole state is there."""
     lines = []
@@ -117,7 +130,7 @@ def _memory(
                 )
             )
             continue
-        verdict = "" if does_fit(program, target) else "  DOES NOT FIT"
+        verdict = "" if does_fit(program, target, kept) else "  DOES NOT FIT"
         lines.append(
             Line(
                 name,
@@ -139,6 +152,9 @@ def _memory(
     lines.append(
         Line("state", f"{gib(share)}: parameters and optimizer, float32", {"bytes": share})
     )
+    if kept:
+        text = f"{gib(kept)}: the last version, to take differences from (publish.compare)"
+        lines.append(Line("kept", text, {"bytes": kept}))
     have = target.memory_bytes
     text = "not known here" if have is None else gib(have)
     lines.append(Line("a device has", text, {"bytes": have}))
@@ -301,7 +317,7 @@ def _pools(both: Pools, size: Sizes, c: Config) -> Section:
     return Section("trainer and engines", lines)
 
 
-def _advice(setup: Setup, target: Target, options: Any) -> Section:
+def _advice(setup: Setup, target: Target, options: Any, kept: int) -> Section:
     """What to change, most harmless first; the first change that is seen to fit ends the search."""
     lines: list[Line] = []
     c = setup.config
@@ -312,7 +328,7 @@ def _advice(setup: Setup, target: Target, options: Any) -> Section:
             lines.append(Line("not tried", keys, {"change": change}))
             continue
         tried = compile_update(prepare(c, setup.decoder, target), target)
-        fits = does_fit(tried, target)
+        fits = does_fit(tried, target, kept)
         if isinstance(tried, Compiled):
             found = gib(tried.peak)
         else:
