@@ -57,7 +57,7 @@ def load_params(
 
     Every header is checked before the first weight is placed. Each process reads the rows that its
     own devices hold, and the whole of a tensor that has a digest to be checked. Beyond the
-    parameters, host and devices need room for a few chunks of 16 MiB.
+    parameters, host and devices need room for a few chunks of 8 MiB.
 
     Args:
       specs: every leaf, by path.

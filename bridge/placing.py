@@ -24,7 +24,7 @@ from jaxrl.models.params import ParamSpec, Path
 # Bytes placed at a time. Small enough that the allocator hands the same memory out again (fresh
 # pages cost more than the copy) and that what is on its way does not count; large enough that
 # starting a program (0.1 to 0.4 ms) does not count either.
-_CHUNK = 16 << 20
+_CHUNK = 8 << 20
 # Backends whose pieces are transposed on the way in. The CPU's does that at 2 GB/s, and at 0.3 in a
 # program, where XLA's loop walks the rows of one side and the columns of the other.
 _TRANSPOSED = {"cpu"}

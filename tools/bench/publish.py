@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from jaxrl.types import RunError
 
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
+_WARM_UP = 4  # versions, until every place that the channel keeps one in was written to
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
 _QWEN3 = {
     "hidden_size": 1024,
@@ -146,7 +148,7 @@ def _publishes(
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
         shares, copies, before, grown = [], [], _memory(actors), {}
         with _peak(grown):
-            for round_ in range(repeat + 2):
+            for round_ in range(repeat + _WARM_UP):
                 version += 1
                 copies.append(timed(copy))  # beside each version: the machine's speed drifts
                 groups = exporter.groups(states[round_ % 2])
@@ -160,8 +162,13 @@ def _publishes(
                 for phase, taken in zip(seconds, took, strict=True):
                     seconds[phase].append(taken)
         on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
-        for phase, taken in seconds.items():  # two rounds to warm up
-            line(f"{name}, {label}: {phase}{on_wire}", taken[2:], exporter.nbytes, copies[2:])
+        for phase, taken in seconds.items():
+            line(
+                f"{name}, {label}: {phase}{on_wire}",
+                taken[_WARM_UP:],
+                exporter.nbytes,
+                copies[_WARM_UP:],
+            )
         grown |= {what: now - before[what] for what, now in _memory(actors).items()}
         shown = (f"{what} {nbytes / exporter.nbytes:+.2f}" for what, nbytes in grown.items())
         print(f"{name}, {label}: grown by, in versions: {', '.join(shown)}")
@@ -182,14 +189,17 @@ def _channel_alone(
     parts = [entries(i, group) for i, group in enumerate(exporter.groups(state))]
     found = [entry for bucket, _ in parts for entry in bucket]
     seconds, copies, version = [], [], 0
-    for version in range(1, repeat + 3):
+    for version in range(1, repeat + _WARM_UP + 1):
         copies.append(timed(copy))
         manifest = manifest_of(version, found)
         start = time.perf_counter()
-        ticket = channel.publish(manifest, [data for _, data in parts])
+        shipment = channel.begin(version, len(parts), exporter.nbytes)
+        with ThreadPoolExecutor(2) as writers:  # as `ship` does
+            list(writers.map(shipment.put, *zip(*parts, strict=True)))
+        ticket = shipment.finish(manifest)
         ray.get(actor.map.remote(ticket.to_json(), 60.0), timeout=120)
         seconds.append(time.perf_counter() - start)
-    line(f"{name}, the channel alone", seconds[2:], exporter.nbytes, copies[2:])
+    line(f"{name}, the channel alone", seconds[_WARM_UP:], exporter.nbytes, copies[_WARM_UP:])
     return version
 
 
