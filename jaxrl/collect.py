@@ -1,11 +1,12 @@
 """What the loop needs of the engines, and the seeds that make their samples repeatable."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxrl.types import Group, Prompt, PublishReport, Rollout, Sampling
+from jaxrl.types import Group, Prompt, PublishReport, Request, Rollout, Sampling
 
 Publish = Callable[[Any, int], PublishReport]  # (params, version)
 
@@ -21,6 +22,19 @@ class Engines(Protocol):
 
         Returns at once; what it returns waits for the groups, which are in the order of `prompts`,
         or raises EnginesGone. Nothing is published meanwhile.
+        """
+        ...
+
+    def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
+        """Samples each request as soon as there is room for it; returns at once.
+
+        A request is sampled by weights no older than those that serve now, and may be sampled by
+        newer ones from any token on. It is in the queue until its future is done; cancelling the
+        future takes it out, or aborts it. Futures end with a Group, or raise EnginesGone (nobody
+        is left to sample it) or another RunError (no engine would).
+
+        Args:
+          urgent: ahead of whatever waits already.
         """
         ...
 

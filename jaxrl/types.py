@@ -47,16 +47,41 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn: from softmax(logits / temperature), nothing truncated.
+    """How completions are drawn: from softmax(logits / temperature), unless an option below `n`
+    changes that distribution, which training refuses (`exact`).
 
     `temperature` 0 is greedy. A completion ends with the first of `stop_tokens`, which is kept as
-    its last token, or after `max_new_tokens`.
+    its last token, with the token that completes one of `stop_strings`, or after `max_new_tokens`.
     """
 
     n: int  # completions of each prompt
     max_new_tokens: int
     temperature: float
     stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...] = ()
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    bad_words: tuple[str, ...] = ()  # never sampled
+    regex: str | None = None  # that a completion must match
+    json_schema: str | None = None  # that a completion must satisfy, as JSON
+
+    @property
+    def exact(self) -> bool:
+        """Whether log-probs are those of softmax(logits / temperature), as a trainer has them."""
+        plain = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+        return plain and not self.bad_words and self.regex is None and self.json_schema is None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be sampled. Completion i is drawn with `seed + i`."""
+
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+    straggler_s: float | None = None  # that a group waits for the rest once half of it is there
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -72,10 +97,11 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """All the completions of one prompt: the unit that GRPO compares."""
+    """The completions of one prompt: the unit that GRPO compares."""
 
     prompt: Prompt
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[Rollout, ...]  # fewer than were asked for, if stragglers were left behind
+    engine: str = ""  # that sampled them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
