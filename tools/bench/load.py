@@ -14,7 +14,7 @@ from bridge.engines.vllm import EngineSettings, VllmEngine, actor_environment
 from bridge.export import Exporter
 from bridge.names import expected_tensors
 from jaxrl.models.params import param_specs
-from tools.bench.publish import DTYPE, line, make_model, plain_copy, send, timed, two_states
+from tools.bench.publish import DTYPE, Trained, line, make_model, plain_copy, send, timed
 
 _TIMEOUT_S = 600.0
 _SETTINGS = EngineSettings(
@@ -47,9 +47,9 @@ def bench_load(gigabytes: float, repeat: int) -> None:
     with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
         config = make_model(Path(folder), gigabytes)
         specs = param_specs(config)
-        exporter, states = Exporter(specs, DTYPE), two_states(specs)
+        exporter, params = Exporter(specs, DTYPE), Trained(specs)
         shuttle = ShuttleChannel(Path(folder))
-        send(exporter.groups(states[0]), exporter, shuttle, Encoder("full"), Shadow(), 0)
+        send(exporter.groups(params.now), exporter, shuttle, Encoder("full"), Shadow(), 0)
         model = Path(folder) / "v00000000"
         (Path(folder) / "config.json").rename(model / "config.json")
         ray.init(
@@ -65,19 +65,19 @@ def bench_load(gigabytes: float, repeat: int) -> None:
         engine = cast(Any, actor).remote("engine", _SETTINGS, str(model))
         _call(engine.start.remote())
         engine.generate.remote(_REQUEST)
-        _measure(engine, exporter, states, expected_tensors(specs, DTYPE), str(model), repeat)
+        _measure(engine, exporter, params, expected_tensors(specs, DTYPE), str(model), repeat)
         ray.shutdown()
 
 
 def _measure(
-    engine: Any, exporter: Exporter, states: list[Any], expected: Any, model: str, repeat: int
+    engine: Any, exporter: Exporter, params: Trained, expected: Any, model: str, repeat: int
 ) -> None:
     channel, encoder, shadow = ObjectStoreChannel(), Encoder("full"), Shadow()
     seconds: dict[str, list[float]] = {"stage": [], "load": [], "pause": [], "vLLM's reload": []}
     nbytes, copy, copies = exporter.nbytes, plain_copy(exporter.nbytes), []
     for version in range(1, repeat + 2):
-        groups = exporter.groups(states[version % 2])
-        _, ticket = send(groups, exporter, channel, encoder, shadow, version)
+        params.update()
+        _, ticket = send(exporter.groups(params.now), exporter, channel, encoder, shadow, version)
         copies.append(timed(copy))
         staged = _call(engine.stage.remote(ticket, expected, _TIMEOUT_S))
         loaded = _call(engine.commit.remote(version))

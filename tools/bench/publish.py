@@ -1,6 +1,7 @@
 """A publish without engines: parameters on the device -> staged and verified in workers."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ from jaxrl.types import RunError
 
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
+_COPIED_BLOCK = 1 << 30  # bytes
+_ALONE_BUCKETS = 20
 _WARM_UP = 4  # versions, until every place that the channel keeps one in was written to
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
 _QWEN3 = {
@@ -102,28 +105,35 @@ def bench_publish(gigabytes: float, workers: int, repeat: int = 5) -> None:
     """Prints seconds and GB/s by phase, for both channels, beside a plain copy of the bytes."""
     with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
         specs = param_specs(make_model(Path(folder), gigabytes))
-    states = two_states(specs)
-    one, exporter = states[0], Exporter(specs, DTYPE)
+    params, exporter = Trained(specs), Exporter(specs, DTYPE)
     nbytes = exporter.nbytes
     print(f"{nbytes / 1e9:.2f} GB of {DTYPE} in {len(exporter.plan)} buckets, {workers} workers")
     copy = plain_copy(nbytes)
-    pairs = [(timed(copy), timed(lambda: _drain(exporter.groups(one)))) for _ in range(repeat + 1)]
+    pairs = [
+        (timed(copy), timed(lambda: _drain(exporter.groups(params.now)))) for _ in range(repeat + 1)
+    ]
     copies, exports = zip(*pairs[1:], strict=True)
     line("export alone", exports, nbytes, copies)
     with _cluster(nbytes, workers) as actors:
         for name in ("object_store", "shuttle"):
             with _channel(name) as channel:
-                _publishes(name, exporter, states, channel, actors, repeat, copy)
+                _publishes(name, exporter, params, channel, actors, repeat, copy)
 
 
-def two_states(specs: dict[ParamPath, ParamSpec]) -> list[Any]:
-    """Random parameters, and the same with 1 % of the values changed."""
-    one = jax.jit(functools.partial(init_params, specs))(jax.random.key(0))
-    return [one, jax.jit(functools.partial(_moved, 0.01))(one, jax.random.key(1))]
+class Trained:
+    """Random parameters, of which each update changes 1 % by as little as bfloat16 can tell."""
+
+    def __init__(self, specs: dict[ParamPath, ParamSpec]) -> None:
+        self.now = jax.jit(functools.partial(init_params, specs))(jax.random.key(0))
+        self._moved = jax.jit(functools.partial(_moved, 0.01), donate_argnums=0)
+        self._updates = 0
+
+    def update(self) -> None:
+        self._updates += 1
+        self.now = jax.block_until_ready(self._moved(self.now, jax.random.key(self._updates)))
 
 
 def _moved(share: float, params: Any, key: jax.Array) -> Any:
-    """So many values changed, by as little as bfloat16 can tell."""
 
     def move(x: jax.Array) -> jax.Array:
         return jnp.where(jax.random.uniform(key, x.shape) < share, x * (1 + 2**-7), x)
@@ -134,24 +144,25 @@ def _moved(share: float, params: Any, key: jax.Array) -> Any:
 def _publishes(
     name: str,
     exporter: Exporter,
-    states: list[Any],
+    params: Trained,
     channel: Channel,
     actors: list[Any],
     repeat: int,
     copy: Callable[[], Any],
 ) -> None:
     """The channel alone, then full versions, then deltas."""
-    version = _channel_alone(name, exporter, states[0], channel, actors[0], repeat, copy)
+    version = _channel_alone(name, exporter, params.now, channel, actors[0], repeat)
     for label in ("full", "delta"):
         encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
         shadow = Shadow()
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
         shares, copies, before, grown = [], [], _memory(actors), {}
         with _peak(grown):
-            for round_ in range(repeat + _WARM_UP):
+            for _ in range(repeat + _WARM_UP):
                 version += 1
+                params.update()
                 copies.append(timed(copy))  # beside each version: the machine's speed drifts
-                groups = exporter.groups(states[round_ % 2])
+                groups = exporter.groups(params.now)
                 start = time.perf_counter()
                 manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
                 sent = time.perf_counter()
@@ -181,25 +192,30 @@ def _channel_alone(
     channel: Channel,
     actor: Any,
     repeat: int,
-    copy: Callable[[], Any],
 ) -> int:
-    """What was exported and hashed before, until one worker has it. Returns the last version."""
+    """What was exported and hashed before, until one worker has it. Returns the last version.
+
+    The first buckets stand for all: beside the versions there is no room for a large one.
+    """
     import ray
 
-    parts = [entries(i, group) for i, group in enumerate(exporter.groups(state))]
+    some = itertools.islice(exporter.groups(state), _ALONE_BUCKETS)
+    parts = [entries(i, group) for i, group in enumerate(some)]
     found = [entry for bucket, _ in parts for entry in bucket]
+    nbytes = sum(entry.nbytes for entry in found)
+    copy = plain_copy(nbytes)
     seconds, copies, version = [], [], 0
     for version in range(1, repeat + _WARM_UP + 1):
         copies.append(timed(copy))
         manifest = manifest_of(version, found)
         start = time.perf_counter()
-        shipment = channel.begin(version, len(parts), exporter.nbytes)
+        shipment = channel.begin(version, len(parts), nbytes)
         with ThreadPoolExecutor(2) as writers:  # as `ship` does
             list(writers.map(shipment.put, *zip(*parts, strict=True)))
         ticket = shipment.finish(manifest)
         ray.get(actor.map.remote(ticket.to_json(), 60.0), timeout=120)
         seconds.append(time.perf_counter() - start)
-    line(f"{name}, the channel alone", seconds[_WARM_UP:], exporter.nbytes, copies[_WARM_UP:])
+    line(f"{name}, the channel alone", seconds[_WARM_UP:], nbytes, copies[_WARM_UP:])
     return version
 
 
@@ -268,7 +284,8 @@ def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
     ray.init(
         address="local",
         num_cpus=workers + 1,
-        object_store_memory=4 * nbytes + (1 << 28),
+        object_store_memory=2 * nbytes + (1 << 28),
+        _memory=1 << 30,  # or Ray refuses a store this large beside the parameters
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -290,14 +307,21 @@ def _channel(name: str) -> Iterator[Channel]:
         return
     from bridge.channels.object_store import ObjectStoreChannel
 
-    channel = ObjectStoreChannel()
+    channel = ObjectStoreChannel(keep_versions=1)  # the last, beside the one that is put
     yield channel
     channel.close()
 
 
 def plain_copy(nbytes: int) -> Callable[[], Any]:
-    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
-    return lambda: np.copyto(target, source)
+    """Copies so many bytes, a block at a time of those that fit beside them."""
+    block = min(nbytes, _COPIED_BLOCK)
+    source, target = np.ones(block, np.uint8), np.ones(block, np.uint8)
+
+    def copy() -> None:
+        for start in range(0, nbytes, block):
+            np.copyto(target[: nbytes - start], source[: nbytes - start])
+
+    return copy
 
 
 def _drain(groups: Iterator[list[HostTensor]]) -> None:
