@@ -76,7 +76,8 @@ class Shadow:
     ) -> tuple[HostTensor, delta.Changes | None]:
         """The whole tensor, and what changed in it if that can be said."""
         elements = delta.ELEMENTS[ITEM_BYTES[item.dtype]]
-        last = self._last.tensors.get(item.name)
+        # Given up here: if this version fails, the next travels whole.
+        last = self._last.tensors.pop(item.name, None)
         if isinstance(item, HostTensor):
             after = item.data.view(elements)
             return item, None if last is None else delta.changes(last.view(elements), after)
