@@ -157,21 +157,22 @@ def _publishes(
         shadow = Shadow()
         seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
         shares, copies, before, grown = [], [], _memory(actors), {}
-        with _peak(grown):
-            for _ in range(repeat + _WARM_UP):
-                version += 1
-                params.update()
-                copies.append(timed(copy))  # beside each version: the machine's speed drifts
-                groups = exporter.groups(params.now)
+        held = _private()
+        for _ in range(repeat + _WARM_UP):
+            version += 1
+            params.update()
+            copies.append(timed(copy))  # beside each version: the machine's speed drifts
+            groups = exporter.groups(params.now)
+            with _peak(grown, held):
                 start = time.perf_counter()
                 manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
                 sent = time.perf_counter()
                 _stage(actors, ticket, manifest.digest)
                 end = time.perf_counter()
-                shares.append(manifest.nbytes / exporter.nbytes)
-                took = (sent - start, end - sent, end - start)
-                for phase, taken in zip(seconds, took, strict=True):
-                    seconds[phase].append(taken)
+            shares.append(manifest.nbytes / exporter.nbytes)
+            took = (sent - start, end - sent, end - start)
+            for phase, taken in zip(seconds, took, strict=True):
+                seconds[phase].append(taken)
         on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
         for phase, taken in seconds.items():
             line(
@@ -229,19 +230,20 @@ def _memory(actors: list[Any]) -> dict[str, int]:
     }
 
 
+def _private() -> int:
+    """Bytes of this process that are no file's and shared with nobody."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
 @contextmanager
-def _peak(of: dict[str, int]) -> Iterator[None]:
-    """Notes by how much this process's private memory grew at most meanwhile, bytes."""
-
-    def private() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-    before, done = private(), threading.Event()
+def _peak(of: dict[str, int], held: int) -> Iterator[None]:
+    """Notes by how much this process's private memory exceeded `held` at most meanwhile, bytes."""
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_SAMPLE_S):
-            of["trainer"] = max(of.get("trainer", 0), private() - before)
+            of["trainer"] = max(of.get("trainer", 0), _private() - held)
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
