@@ -10,7 +10,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -275,13 +275,20 @@ class Fleet:
         """What an engine's model holds, against what it loaded; see VllmEngine.examine."""
         return self._ask(name, timeout_s, "examine", _EXAMINE_SHARE * timeout_s)
 
-    def admit(self, names: Iterable[str], version: int) -> None:
-        """Makes exactly these engines the ones that get requests, which ask for `version`.
+    def admit(self, name: str, version: int) -> None:
+        """Gives an engine requests, beside those that serve `version` already; others get none.
 
         Raises:
-          FleetError: one of them has not acknowledged `version`; nothing has changed.
+          EngineLost: it has ended.
+          FleetError: it has not acknowledged `version`; nothing has changed.
         """
-        self._roster.admit(names, version)
+        if reason := self._roster.failures.get(name):
+            raise EngineLost(reason)
+        self._roster.admit([name], version)
+
+    def withdraw(self, name: str) -> None:
+        """Gives an engine no new requests; it lives, and may have the next version."""
+        self._roster.withdraw(name)
 
     def quarantine(self, name: str, why: str) -> None:
         """Ends an engine that holds something else than it was sent."""

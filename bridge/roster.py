@@ -134,7 +134,7 @@ class Roster:
             self._suspended = True
 
     def admit(self, names: Iterable[str], version: int) -> None:
-        """Makes exactly these engines the ones that get work.
+        """Gives these engines work, beside those that serve `version` already; others get none.
 
         Raises:
           FleetError: one of them has not acknowledged `version`; nothing has changed.
@@ -150,8 +150,13 @@ class Roster:
                         f"{name} cannot be admitted at weight version {version}: it is "
                         f"{engine.state} and acknowledged {engine.version}. {engine.reason}".strip()
                     )
-            self._serving, self._version, self._suspended = admitted, version, False
+            self._serving = admitted | (self._serving if version == self._version else set())
+            self._version, self._suspended = version, False
             self._changed.notify_all()
+
+    def withdraw(self, name: str) -> None:
+        with self._changed:
+            self._serving.discard(name)
 
     def assign(self, costs: Sequence[int], timeout_s: float) -> tuple[int, dict[str, list[int]]]:
         """Shares out pieces of work, each to the engine with the least of it.

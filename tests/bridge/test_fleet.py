@@ -126,7 +126,8 @@ def scripted(ray_cluster, engine_settings, monkeypatch, warnings, pids):
         fleet.start()
         pids[:] = [info["pid"] for info in fleet.wait_ready()]
         if serving is not None:
-            fleet.admit(fleet.alive, serving)
+            for name in fleet.alive:
+                fleet.admit(name, serving)
         return fleet
 
     yield make
@@ -190,7 +191,7 @@ def test_a_request_that_crosses_an_update_is_sent_again(scripted):
     sampler.start()
     time.sleep(0.2)
     assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
-    fleet.admit(["engine-0"], 2)
+    fleet.admit("engine-0", 2)
     sampler.join(20)
     assert_each_came_back_once(found, 2)
     assert {int(v) for group in found for r in group.rollouts for v in r.versions} == {2}
@@ -215,8 +216,8 @@ def test_an_engine_without_the_version_cannot_be_admitted(scripted):
         fleet.commit("engine-1", 2, 20.0)
     assert (fleet.holds("engine-0"), fleet.holds("engine-1")) == (2, 1)
     with pytest.raises(FleetError, match="engine-1 cannot be admitted at weight version 2"):
-        fleet.admit(fleet.alive, 2)
-    fleet.admit(["engine-0"], 2)
+        fleet.admit("engine-1", 2)
+    fleet.admit("engine-0", 2)
     assert {int(r.tokens[0]) for g in generate(fleet, 4) for r in g.rollouts} == {0}
 
 
@@ -273,7 +274,7 @@ def test_an_engine_lost_while_it_samples_is_replaced_and_its_work_done(scripted)
     assert fleet.wait_members() == ["engine-1.1"] and fleet.serving == ["engine-0"]
     for name in fleet.members():
         fleet.commit(name, 2, 20.0)
-    fleet.admit(fleet.members(), 2)
+        fleet.admit(name, 2)
     assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1}
 
 
@@ -292,8 +293,8 @@ def test_a_second_quarantine_in_one_place_is_final(scripted, warnings):
         fleet.quarantine("engine-1", "its model.norm.weight is not what was sent")
     assert fleet.alive == ["engine-0", "engine-1.1"] and len(warnings) == 1
     assert fleet.serving == ["engine-0"] and "norm" in fleet.failures["engine-1"]
-    with pytest.raises(FleetError, match=r"engine-1 cannot be admitted .*quarantined.*norm"):
-        fleet.admit(["engine-1"], 1)
+    with pytest.raises(EngineLost, match="norm"):
+        fleet.admit("engine-1", 1)
     assert fleet.wait_members() == ["engine-1.1"]
     fleet.quarantine("engine-1.1", "nor its successor's")
     assert fleet.alive == ["engine-0"] and "not replaced" in warnings[1]
@@ -313,7 +314,8 @@ def test_engines_are_added_while_others_serve(scripted):
     assert fleet.members() == ["engine-0", "engine-1", "engine-2"]
     assert fleet.serving == ["engine-0"]
     assert_each_came_back_once(generate(fleet, 4), 4)
-    fleet.admit(fleet.members(), 1)
+    for name in fleet.members():
+        fleet.admit(name, 1)
     assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1, 2}
     assert fleet.replaced == 0
 
@@ -420,7 +422,7 @@ def real(ray_cluster, tiny, engine_settings):
     for name in fleet.alive:
         fleet.stage(name, ticket, 20.0, 60.0)
         assert fleet.commit(name, 3, 60.0)["digest"] == ticket.digest
-    fleet.admit(fleet.alive, 3)
+        fleet.admit(name, 3)
     yield fleet, infos
     children = [
         child for i in infos if psutil.pid_exists(i["pid"]) for child in descendants(i["pid"])
