@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,11 +74,21 @@ class Engines(Protocol):
         """It has `fetch_s` to fetch the version, and as long again to check it, or is late."""
         ...
 
-    def commit(self, name: str, version: int, timeout_s: float) -> Mapping[str, Any]: ...
+    def commit(self, name: str, version: int, timeout_s: float) -> Mapping[str, Any]:
+        """It loads what it staged, and gets no new requests until it is admitted."""
+        ...
+
     def score(self, name: str, tokens: Sequence[int], timeout_s: float) -> np.ndarray: ...
     def examine(self, name: str, timeout_s: float) -> Mapping[str, Any]: ...
     def quarantine(self, name: str, why: str) -> None: ...
-    def admit(self, names: Sequence[str], version: int) -> None: ...
+
+    def admit(self, name: str, version: int) -> None:
+        """It gets requests from now on. EngineLost: it has ended since it acknowledged."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """It gets no new requests: it is alive, and without the version."""
+        ...
 
 
 class Export(Protocol):
@@ -189,21 +199,30 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
-    """What an engine must show before it serves."""
+class Delivery:
+    """A version on its way to the engines: what each needs of it, and what becomes of it there."""
 
-    logprobs: Future[np.ndarray]  # the trainer's, of the probe: float32 [t], nats
+    sent: Sent
     examine: bool  # every engine; those that are new are examined anyway
+    # The trainer's, of the probe: float32 [t], nats.
+    logprobs: Future[np.ndarray] = dataclasses.field(default_factory=Future)
+    under_way: dict[str, Future[Transaction]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        return self.sent.ticket.version
 
 
 class Publisher:
-    """Ships a version; each engine then fetches, loads and proves it at its own pace; those that
-    did are admitted together.
+    """Ships a version; each engine then fetches, loads and proves it at its own pace, and is
+    admitted as soon as it has.
 
     An engine is admitted to serve version v only after it has acknowledged v with the digest of
     what it loaded, its log-probs on the probe prompt are the trainer's, and, where it was examined,
     its model holds every tensor. One that fails at any point is left out, and named; if none is
     left the publish has failed.
+
+    Versions are published by one thread; engines may be welcomed by any.
     """
 
     def __init__(
@@ -237,38 +256,89 @@ class Publisher:
         self._frozen: Sent | None = None
         self._published = 0
         self._unchecked: set[str] = set()  # tensors that no examination could find
+        # What engines that come late are brought: None before the first version, and while the next
+        # is shipped. The lock is held to look at it and to begin, never to wait.
+        self._delivery: Delivery | None = None
+        self._door = threading.Lock()
+        self._report: Future[PublishReport] | None = None  # of the last version
 
     def publish(self, params: Any, version: int) -> PublishReport:
-        """Returns when every engine has proved that it holds `version`, or failed to in time.
+        """`begin`, and waits for what comes of it."""
+        return self.begin(params, version)()
+
+    def begin(self, params: Any, version: int) -> Callable[[], PublishReport]:
+        """Ships the version and computes the probe's log-probs; engines fetch, load and prove it in
+        the background. When it returns, `params` are not needed any more.
+
+        Waits first until every engine has an outcome for the version before, so that no channel
+        drops a version that is still fetched.
+
+        Returns:
+          What waits until every engine has proved that it holds `version`, or failed to in time. It
+          raises PublishError if none could be admitted, and none that was starting was ready in
+          time.
 
         Raises:
-          PublishError: no engine could be admitted, and none that is starting was ready in time.
           bridge.channels.ChannelError: the channel could not carry the version.
         """
+        self._await_last()
         began = time.perf_counter()
         manifest, ticket = self._send(self._export, params, version, self._encoder)
-        sent = Sent(ticket, self._fallback)
-        phases = {"ship": time.perf_counter() - began}
+        shipped_s = time.perf_counter() - began
         every = self._examine_every
-        proof = Proof(Future(), every > 0 and self._published % every == 0)
+        examine = every > 0 and self._published % every == 0
         self._published += 1
-        passed = self._bring_all(sent, proof, lambda: self._score(params, self._probe))
-        proven = [t for t in passed if t.state is State.ACKNOWLEDGED]
-        failed = "; ".join(str(t) for t in passed if t not in proven)
+        delivery = Delivery(Sent(ticket, self._fallback), examine)
+        with self._door:
+            self._delivery = delivery
+        self._report = begun(self._deliver, delivery, manifest, began, shipped_s)
+        settle(delivery.logprobs, self._score, params, self._probe)  # while the engines fetch
+        delivery.logprobs.result()
+        return self._report.result
+
+    def welcome(self, name: str) -> None:
+        """Brings an engine that came late to the version published last, and admits it.
+
+        Does nothing where a publish sees to it: before the first, while a version is shipped, and
+        for an engine that has been offered that version. Never raises, but warns.
+        """
+        with self._door:
+            delivery = self._delivery
+            if delivery is None or name in delivery.under_way:
+                return
+            under_way = self._offered(name, delivery)
+        if error := under_way.exception():
+            self._warn(f"weight version {delivery.version} was not brought to {name}: {error!r}")
+        elif (transaction := under_way.result()).state is not State.ADMITTED:
+            self._warn(f"weight version {delivery.version}: left out {transaction}")
+
+    def _await_last(self) -> None:
+        """Until nothing is under way. Whatever is asked of an engine has a deadline."""
+        with self._door:
+            delivery, self._delivery = self._delivery, None
+        if self._report is not None:
+            wait([self._report])
+        if delivery is not None:
+            wait(delivery.under_way.values())
+
+    def _deliver(
+        self, delivery: Delivery, manifest: Manifest, began: float, shipped_s: float
+    ) -> PublishReport:
+        version, passed = delivery.version, self._bring_all(delivery)
+        admitted = [t for t in passed if t.state is State.ADMITTED]
+        failed = "; ".join(str(t) for t in passed if t not in admitted)
         fetched = [t.seconds[State.FETCHED] for t in passed if State.FETCHED in t.seconds]
         if not fetched:  # what nobody could have, the next must not need
             self._encoder.failed()
-        if not proven:
+        if not admitted:
             raise PublishError(
                 f"weight version {version}: no engine serves it ({failed or 'none is left'})"
             )
         if manifest.base is None:
             self._encoder.measured(manifest.nbytes, max(fetched))
-        self._engines.admit([t.name for t in proven], version)
-        for transaction in proven:
-            transaction.advance(State.ADMITTED)
         if failed:
             self._warn(f"weight version {version}: left out {failed}")
+        phases = {"ship": shipped_s}
         for phase, state in _PHASES.items():
             phases[phase] = max(t.seconds.get(state, 0.0) for t in passed)
         return PublishReport(
@@ -276,8 +346,8 @@ class Publisher:
             digest=manifest.digest,
             bytes=manifest.nbytes,
             seconds=time.perf_counter() - began,
-            engines=len(proven),
-            probe_max_abs_dlogp=max(t.probe_max_abs_dlogp for t in proven),
+            engines=len(admitted),
+            probe_max_abs_dlogp=max(t.probe_max_abs_dlogp for t in admitted),
             phases=phases,
             pause_s=max(t.pause_s for t in passed),
             base=None if manifest.base is None else manifest.base.version,
@@ -320,41 +390,48 @@ class Publisher:
         self._carrier.settle(Base(version, manifest.digest))
         return manifest, ticket
 
-    def _bring_all(
-        self, sent: Sent, proof: Proof, score: Callable[[], np.ndarray]
-    ) -> list[Transaction]:
-        """Until one engine has proved itself, or there is none to wait for: their transactions."""
-        passed: list[Transaction] = []
+    def _bring_all(self, delivery: Delivery) -> list[Transaction]:
+        """Until one engine serves the version, or there is none to wait for: their transactions."""
+        passed: dict[str, Transaction] = {}
         names = self._engines.members() or self._engines.wait_members()
         while names:
-            under_way = [begun(self._bring, name, sent, proof) for name in names]
-            if not proof.logprobs.done():  # while the engines fetch
-                settle(proof.logprobs, score)
-                proof.logprobs.result()
-            passed += [future.result() for future in under_way]
-            if any(t.state is State.ACKNOWLEDGED for t in passed):
+            with self._door:
+                under_way = {name: self._offered(name, delivery) for name in names}
+            passed |= {name: future.result() for name, future in under_way.items()}
+            if any(t.state is State.ADMITTED for t in passed.values()):
                 break
-            names = self._engines.wait_members()
-        return passed
+            names = self._engines.wait_members() or self._engines.members()  # who was welcomed too
+            names = [name for name in names if name not in passed]
+        return list(passed.values())
 
-    def _bring(self, name: str, sent: Sent, proof: Proof) -> Transaction:
+    def _offered(self, name: str, delivery: Delivery) -> Future[Transaction]:
+        """What becomes of the version at an engine. Who asks first, holding the lock, has it
+        brought there."""
+        if name not in delivery.under_way:
+            delivery.under_way[name] = begun(self._bring, name, delivery)
+        return delivery.under_way[name]
+
+    def _bring(self, name: str, delivery: Delivery) -> Transaction:
         """One engine's way to a version. All that goes wrong there is in what is returned."""
-        transaction = Transaction(name, self._timeout_s)
+        transaction, sent = Transaction(name, self._timeout_s), delivery.sent
         try:
             new = self._engines.holds(name) is None
             if new and self._frozen is not None:
                 self._load(Transaction(name, self._timeout_s), self._frozen)
             self._load(transaction, sent)
-            self._compare(transaction, proof.logprobs)
-            if proof.examine or (new and self._examine_every):
-                self._examine(transaction, sent.ticket.version)
+            self._compare(transaction, delivery.logprobs)
+            if delivery.examine or (new and self._examine_every):
+                self._examine(transaction, delivery.version)
             transaction.advance(State.ACKNOWLEDGED)
+            self._engines.admit(name, delivery.version)
+            transaction.advance(State.ADMITTED)
         except Unproven as error:
             self._engines.quarantine(name, str(error))
             transaction.fail(State.QUARANTINED, str(error))
         except EngineLost as error:
             transaction.fail(State.LOST, str(error))
         except EngineFailed as error:
+            self._engines.withdraw(name)
             transaction.fail(State.ABORTED, str(error))
         return transaction
 

@@ -39,7 +39,7 @@ NEXT: Mapping[State, frozenset[State]] = {
     State.ANNOUNCED: frozenset({State.FETCHED, *_FAILED}),
     State.FETCHED: frozenset({State.APPLIED, *_FAILED}),
     State.APPLIED: frozenset({State.ACKNOWLEDGED, State.QUARANTINED, *_FAILED}),
-    State.ACKNOWLEDGED: frozenset({State.ADMITTED}),
+    State.ACKNOWLEDGED: frozenset({State.ADMITTED, State.LOST}),
     State.ADMITTED: frozenset(),
     State.ABORTED: frozenset(),
     State.LOST: frozenset(),

@@ -20,6 +20,7 @@ from jaxrl.types import RunError
 PROBE = (5, 6, 7)
 TOLERANCE = 1e-3
 TIMEOUT_S = 60.0
+PASSED = ["stage", "commit", "score", "admit"]
 
 
 @dataclasses.dataclass
@@ -66,6 +67,10 @@ class FakeEngine:
         logprobs = model(self.weights, tokens)
         logprobs[-1] += self.error  # one wrong token is enough
         return logprobs[:-1] if self.fault == "short" else logprobs
+
+    def admit(self):
+        if self.fault == "gone":
+            raise EngineLost("it died since")
 
     def examine(self):
         version = self.holds - 1 if self.fault == "examined" else self.holds
@@ -126,16 +131,17 @@ class FakeFleet:
         self.channel, self.engines = channel, engines
         self.asked, self.serving, self.expected = {name: [] for name in engines}, {}, []
         self.ended, self.starting = {}, []  # name -> why; lists of (name, engine), ready in turn
-        self.admissions = 0
 
     def members(self):
         return [name for name in self.engines if name not in self.ended]
 
     def wait_members(self):
         joined = self.starting.pop(0) if self.starting else []
-        self.engines |= dict(joined)
-        self.asked |= {name: [] for name, _ in joined}
-        return [name for name, _ in joined]
+        return [self.join(name, engine) for name, engine in joined]
+
+    def join(self, name, engine):
+        self.asked[name], self.engines[name] = [], engine
+        return name
 
     def holds(self, name):
         return self.engines[name].holds
@@ -145,7 +151,7 @@ class FakeFleet:
         try:
             return getattr(self.engines[name], method)(*args)
         except EngineLost as lost:
-            self.ended[name] = str(lost)
+            self.quarantine(name, str(lost))
             raise
 
     def stage(self, name, ticket, fetch_s, timeout_s, expected=None):
@@ -155,6 +161,7 @@ class FakeFleet:
 
     def commit(self, name, version, timeout_s):
         assert 0 < timeout_s <= TIMEOUT_S
+        self.serving.pop(name, None)
         return self._ask(name, "commit", version)
 
     def score(self, name, tokens, timeout_s):
@@ -167,11 +174,17 @@ class FakeFleet:
 
     def quarantine(self, name, why):
         self.ended[name] = why
+        self.serving.pop(name, None)
 
-    def admit(self, names, version):
-        assert not self.ended.keys() & set(names)
-        self.admissions += 1
-        self.serving = dict.fromkeys(names, version)
+    def admit(self, name, version):
+        assert name not in self.ended and self.engines[name].holds == version
+        self._ask(name, "admit")
+        self.serving[name] = version
+
+    def withdraw(self, name):
+        assert name not in self.ended
+        self.asked[name].append("withdraw")
+        self.serving.pop(name, None)
 
 
 def model(weights, tokens):
@@ -233,6 +246,7 @@ FAULTS = {
     ),
     "digest": (FakeEngine("digest"), "with digest 0000", "quarantined", "applied"),
     "score": (FakeEngine("score"), "scored another token", "aborted", "applied"),
+    "gone": (FakeEngine("gone"), "it died since", "lost", "acknowledged"),
     "short": (FakeEngine("short"), "no log-prob for each token", "quarantined", "applied"),
 } | {
     str(error): (
@@ -255,8 +269,8 @@ def test_engines_that_prove_the_version_serve_it(errors):
     a, b = (FakeEngine(error=error * TOLERANCE) for error in errors)
     publisher, fleet, warnings = make(a=a, b=b)
     report = publisher.publish(params(), 7)
-    assert fleet.asked == {name: ["stage", "commit", "score"] for name in "ab"}
-    assert fleet.serving == {"a": 7, "b": 7} and fleet.admissions == 1 and not warnings
+    assert fleet.asked == {name: PASSED for name in "ab"}
+    assert fleet.serving == {"a": 7, "b": 7} and not warnings
     assert (report.version, report.engines, report.bytes) == (7, 2, 16)
     assert report.digest == fleet.channel.versions[7][0].digest
     assert report.probe_max_abs_dlogp == pytest.approx(0.5 * TOLERANCE, rel=1e-3)
@@ -281,7 +295,7 @@ def test_an_engine_that_fails_is_left_out_and_named_and_the_other_serves(fault):
     outcome = report.outcomes["bad"]
     assert (outcome.state, outcome.failed_in) == (state, failed_in)
     assert f"({state} when {failed_in})" in warnings[0] and re.search(said, outcome.why)
-    assert ("bad" in fleet.ended) == (state != "aborted")
+    assert ("bad" in fleet.ended) == (state != "aborted") == ("withdraw" not in fleet.asked["bad"])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -292,7 +306,7 @@ def test_when_every_engine_fails_nothing_serves_and_each_is_named(fault):
     with pytest.raises(PublishError) as error:
         publisher.publish(params(), 7)
     assert re.search(f"version 7: .*one: .*{said}.*; other: .*{said}", str(error.value))
-    assert not fleet.admissions and not fleet.serving and not warnings
+    assert not fleet.serving and not warnings
     assert isinstance(error.value, RunError)
 
 
@@ -306,22 +320,45 @@ def test_engines_that_fail_in_different_ways_are_all_named():
     assert not fleet.serving
 
 
-def test_an_engine_loads_and_proves_itself_while_a_slower_one_still_fetches():
-    """And none of them is admitted before the other has an outcome."""
-    proven, seen = threading.Event(), []
+def test_an_engine_is_admitted_while_a_slower_one_still_fetches():
+    admitted, seen = threading.Event(), []
 
     class Fast(FakeEngine):
-        def score(self, tokens):
-            found = super().score(tokens)
-            proven.set()
-            return found
+        def admit(self):
+            admitted.set()
 
-    def wait(method):
-        seen.append((proven.wait(20), dict(fleet.serving)))
-
-    publisher, fleet, _ = make(slow=FakeEngine(before=wait), fast=Fast())
+    publisher, fleet, _ = make(slow=FakeEngine(before=lambda _: seen.append(admitted.wait(20))))
+    fleet.join("fast", Fast())
     publisher.publish(params(), 7)
-    assert seen == [(True, {})] and fleet.serving == {"fast": 7, "slow": 7}
+    assert seen == [True] and fleet.serving == {"fast": 7, "slow": 7}
+
+
+def test_begin_needs_the_trainer_and_the_rest_is_in_the_background():
+    go_on, scored = threading.Event(), []
+    publisher, fleet, _ = make(a=FakeEngine(before=lambda _: go_on.wait(20)))
+    score, publisher._score = publisher._score, lambda *asked: scored.append(1) or score(*asked)
+    mine = params()
+    wait = publisher.begin(mine, 7)
+    assert scored and not fleet.serving
+    mine[:] = -1.0
+    go_on.set()
+    assert wait().version == wait().version == 7
+    np.testing.assert_array_equal(fleet.engines["a"].weights, params())
+    assert fleet.serving == {"a": 7}
+
+
+def test_nobody_waits_in_begin_for_engines_that_start():
+    go_on = threading.Event()
+    publisher, fleet, _ = make()
+    fleet.starting = [[("a", FakeEngine("commit"))], [("b", FakeEngine())]]
+    fleet.wait_members, join = lambda: go_on.wait(20) and join(), fleet.wait_members
+    wait = publisher.begin(params(), 7)
+    go_on.set()
+    assert wait().engines == 1 and fleet.serving == {"b": 7}
+    fleet.engines["b"].fault = "commit"
+    wait = publisher.begin(params(), 8)
+    with pytest.raises(PublishError, match="b: out of memory"):
+        wait()
 
 
 @pytest.mark.parametrize("fault", ["", "stage"])
@@ -336,7 +373,7 @@ def test_what_goes_wrong_in_the_trainer_meanwhile_ends_the_publish(fault):
 def test_one_failed_fetch_is_tried_again():
     publisher, fleet, warnings = make(a=FakeEngine("first fetch"))
     assert publisher.publish(params(), 7).engines == 1 and not warnings
-    assert fleet.asked["a"] == ["stage", "stage", "commit", "score"]
+    assert fleet.asked["a"] == ["stage", *PASSED]
 
 
 class Files(ShuttleChannel):
@@ -358,7 +395,7 @@ def test_who_cannot_use_the_channel_gets_the_same_version_through_the_fallback(t
     for version in (7, 8):
         report = publisher.publish(params(version), version)
         assert report.engines == 3 and not warnings
-        assert fleet.asked["one"] == ["stage", "stage", "commit", "score"]
+        assert fleet.asked["one"] == ["stage", *PASSED]
         fleet.asked["one"].clear()
         assert {outcome.digest for outcome in report.outcomes.values()} == {report.digest}
         np.testing.assert_array_equal(fleet.engines["two"].weights, params(version))
@@ -387,7 +424,7 @@ def test_what_a_model_holds_is_examined_in_every_nth_version_and_in_an_engines_f
     publisher, fleet, _ = make(examine_every=3, a=FakeEngine())
     for version in range(1, 6):
         if version == 3:
-            fleet.engines["b"], fleet.asked["b"] = FakeEngine(), []
+            fleet.join("b", FakeEngine())
         publisher.publish(params(), version)
     examined = [(name, asked.count("examine")) for name, asked in fleet.asked.items()]
     assert examined == [("a", 2), ("b", 2)]  # 1 and 4; 3, which is its first, and 4
@@ -495,7 +532,7 @@ def test_every_engine_loads_the_frozen_weights_ahead_of_its_first_version():
     publisher.publish_frozen(Export(), params(), EXPECTED, 3)
     assert not fleet.asked["a"] and not fleet.serving
     publisher.publish(params(1), 4)
-    fleet.engines["b"], fleet.asked["b"] = FakeEngine(), []
+    fleet.join("b", FakeEngine())
     publisher.publish(params(2), 5)
     steps = [(name, ticket.version) for name, ticket in loaded]
     assert [v for name, v in steps if name == "a"] == [3, 4, 5]
@@ -513,6 +550,107 @@ def test_an_engine_that_does_not_get_the_frozen_weights_is_named(fault):
     publisher.publish(params(), 8)
     assert len(warnings) == 1 and "bad: " in warnings[0] and re.search(said, warnings[0])
     assert "when staged" in warnings[0] and fleet.serving == {"good": 8}
+
+
+def test_an_engine_that_comes_late_is_brought_the_version_of_then_and_what_is_beneath_it():
+    publisher, fleet, warnings = make(examine_every=9, a=FakeEngine())
+    publisher.publish_frozen(Export(), params(), EXPECTED, 3)
+    fleet.join("b", FakeEngine())
+    publisher.welcome("b")
+    assert not fleet.asked["b"]  # there is nothing yet
+    publisher.publish(params(1), 4)
+    publisher.publish(params(2), 5)
+    for name in fleet.engines:
+        fleet.asked[name].clear()
+        publisher.welcome(name)
+    assert fleet.asked == {"a": [], "b": []}  # they have it
+    fleet.join("c", FakeEngine())
+    publisher.welcome("c")
+    assert fleet.asked["c"] == ["stage", "commit", *PASSED[:-1], "examine", "admit"]
+    np.testing.assert_array_equal(fleet.engines["c"].weights, params(2))
+    assert fleet.serving == {"a": 5, "b": 5, "c": 5} and not warnings
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_late_engine_that_fails_is_named_and_not_admitted(fault):
+    publisher, fleet, warnings = make(good=FakeEngine())
+    publisher.publish(params(), 7)
+    engine, said = faulty(fault)
+    fleet.join("bad", engine)
+    for _ in range(2):
+        publisher.welcome("bad")
+    assert fleet.serving == {"good": 7} and len(warnings) == 1
+    assert re.search(f"version 7: .*bad: .*{said}", warnings[0])
+
+
+def test_a_late_engine_is_not_held_up_by_a_publish_and_counts_where_that_finds_nobody_else():
+    come, go_on = threading.Event(), threading.Event()
+
+    def wait(method):
+        come.set()
+        go_on.wait(20)
+
+    publisher, fleet, warnings = make(a=FakeEngine("commit", before=wait))
+    report = publisher.begin(params(), 7)
+    assert come.wait(20)
+    fleet.join("b", FakeEngine())
+    publisher.welcome("b")
+    assert fleet.serving == {"b": 7}
+    go_on.set()
+    assert report().outcomes["b"].state == "admitted" and fleet.asked["b"] == PASSED
+    assert len(warnings) == 1 and "a: out of memory" in warnings[0]
+
+
+def test_an_engine_that_comes_while_a_version_is_shipped_is_offered_that_one():
+    publisher, fleet, _ = make(a=FakeEngine())
+    publisher.publish(params(), 7)
+
+    class Late(Export):
+        def groups(self, params):
+            publisher.welcome(fleet.join("b", FakeEngine()))
+            return super().groups(params)
+
+    publisher._export = Late()
+    assert publisher.publish(params(), 8).outcomes.keys() == {"a", "b"}
+    assert fleet.asked["b"] == PASSED and fleet.serving == {"a": 8, "b": 8}
+
+
+@pytest.mark.parametrize("what", ["slow", "late", "starting"])
+def test_the_next_version_is_shipped_when_nobody_fetches_the_last_any_more(tmp_path, what):
+    """The channel keeps one: what is still fetched would be dropped."""
+    fetching, go_on, shipped = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(method):
+        fetching.set()
+        go_on.wait(20)
+
+    publisher, fleet, warnings = make(Files(tmp_path, keep_versions=1), a=FakeEngine())
+    if what == "slow":
+        fleet.join("b", FakeEngine(before=wait))
+    if what == "starting":
+        fleet.engines.pop("a")
+        fleet.starting = [[("a", FakeEngine()), ("b", FakeEngine())]]
+        fleet.wait_members, join = lambda: wait("") or join(), fleet.wait_members
+    report = publisher.begin(params(), 7)
+    if what == "late":
+        report()
+        fleet.join("b", FakeEngine(before=wait))
+        threading.Thread(target=publisher.welcome, args=("b",), daemon=True).start()
+    assert fetching.wait(20)
+    reports = []
+
+    def next_version():
+        then = publisher.begin(params(1), 8)
+        shipped.set()
+        reports.append(then())
+
+    publishing = threading.Thread(target=next_version, daemon=True)
+    publishing.start()
+    assert not shipped.wait(0.3)
+    go_on.set()
+    publishing.join(20)
+    assert not warnings and fleet.asked["b"] == 2 * PASSED
+    assert fleet.serving == {"a": 8, "b": 8} and reports[0].engines == 2
 
 
 NAMES = tuple("abcdefghij")
@@ -558,10 +696,10 @@ def test_frozen_weights_outlive_the_versions_that_come_after_them(tmp_path):
     publisher.publish_frozen(Export(), params(), EXPECTED, 1)
     for version in range(2, 7):
         publisher.publish(params(version), version)
-    fleet.engines |= {"b": FakeEngine("fetch"), "c": FakeEngine()}
-    fleet.asked |= {"b": [], "c": []}
+    fleet.join("b", FakeEngine("fetch"))
+    fleet.join("c", FakeEngine())
     assert publisher.publish(params(7), 7).engines == 3 and not warnings
-    assert fleet.asked["c"] == ["stage", "commit", "stage", "commit", "score"]
+    assert fleet.asked["c"] == ["stage", "commit", *PASSED]
 
 
 def test_no_state_can_be_left_out_and_what_has_ended_stays_so():

@@ -183,9 +183,10 @@ def test_an_engine_of_another_dtype_joins_a_run_and_serves_what_the_first_serves
         fleet.add()
         assert publisher.publish(b, 2).outcomes.keys() == {"engine-0"}  # nobody waits for it
         assert fleet.wait_members() == ["engine-1"] and fleet.serving == ["engine-0"]
+        publisher.welcome("engine-1")  # it begins with version 1, which 2 is a difference from
+        assert fleet.serving == ["engine-0", "engine-1"] and fleet.holds("engine-1") == 2
         report = publisher.publish(c, 3)
-        assert report.base == 2  # which the second never had: it begins with version 1
-        assert report.engines == 2 and not warnings
+        assert report.base == 2 and report.engines == 2 and not warnings
         assert {outcome.digest for outcome in report.outcomes.values()} == {report.digest}
         exact, rounded = (fleet.score(name, PROBES[2], 60.0) for name in fleet.serving)
         np.testing.assert_allclose(exact, score(c, PROBES[2]), atol=1e-4)
