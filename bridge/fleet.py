@@ -26,6 +26,7 @@ from bridge.engines.vllm import (
     VllmEngine,
     actor_environment,
 )
+from bridge.guard import guarded
 from bridge.roster import Engine, FleetError, Roster
 from bridge.transaction import EngineFailed, EngineLost, begun
 from jaxrl.types import Group, Prompt, Rollout, Sampling
@@ -134,14 +135,15 @@ class Fleet:
                 ) from error
         else:
             wanted = self._settings.engines * self._settings.cpus_per_engine
-            ray.init(
-                address="local",  # without it Ray may join a cluster that it finds on this machine
-                # Ray only counts these, and would never start an engine that it has no CPU for.
-                num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
-                object_store_memory=self._settings.object_store_bytes or _DEFAULT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
+            with guarded():
+                ray.init(
+                    address="local",  # without it Ray may join a cluster that it finds here
+                    # Ray only counts these, and would never start an engine that has no CPU.
+                    num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
+                    object_store_memory=self._settings.object_store_bytes or _DEFAULT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
         self._owns_ray = True
 
     def wait_ready(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [  # a module imports only from rows above its own
     ["jaxrl.no_tpu"],
-    ["jaxrl.types", "bridge.wire", "bridge.delta"],
+    ["jaxrl.types", "bridge.wire", "bridge.delta", "bridge.guard"],
     [
         "jaxrl.durable",
         "jaxrl.config",
@@ -63,6 +63,7 @@ NEVER_REACHES = {  # directly or through others
     "jaxrl.models.params": HEAVY,
     "bridge.wire": HEAVY,
     "bridge.delta": HEAVY,
+    "bridge.guard": HEAVY,
     "bridge.names": HEAVY,
     "bridge.safetensors_files": HEAVY,
     "bridge.peft": HEAVY,

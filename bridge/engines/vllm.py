@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from bridge.guard import guarded
+
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
 _STEP_TOKENS = 2048  # prompt tokens that a CPU engine takes on in one step, at least
 _POLL_S = 0.01
@@ -118,7 +120,8 @@ class VllmEngine:
         try:
             import vllm
 
-            await self._build()
+            with guarded():
+                await self._build()
             # Some models are refused only by the first forward pass.
             await self._run([0], _sampling_params(_TRIAL))
         except Exception as error:  # vLLM raises whatever its many parts raise
