@@ -43,7 +43,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.engines.examine"],
     ["bridge.engines.weight_transfer", "bridge.engines.plugin", "bridge.publisher"],
     ["bridge.engines.vllm"],
-    ["bridge.roster"],
+    ["bridge.roster", "bridge.gauges"],
     ["bridge.fleet"],
     ["jaxrl.train"],
 ]
@@ -93,6 +93,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.engines.weight_transfer": WORKER,
     "bridge.engines.plugin": WORKER,
     "bridge.engines.vllm": WORKER,
+    "bridge.gauges": WORKER | {"torch", "vllm"},
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
 JOINS_THE_HALVES = {"jaxrl.train"}
