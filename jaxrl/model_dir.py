@@ -31,7 +31,10 @@ def find_model(path: str) -> Path:
         ) from None
 
 
-def engine_files(model_dir: Path) -> dict[str, bytes]:
-    """The small files that an engine needs to build the model before its weights arrive."""
-    names = ("config.json", "generation_config.json")
+def engine_files(model_dir: Path, tokenizer: bool = False) -> dict[str, bytes]:
+    """The small files that an engine needs to build the model before its weights arrive, and if
+    asked its `tokenizer` (see EngineSettings)."""
+    names = ["config.json", "generation_config.json"]
+    if tokenizer:
+        names += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     return {name: (model_dir / name).read_bytes() for name in names if (model_dir / name).is_file()}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [  # a module imports only from rows above its own
     ["jaxrl.no_tpu"],
-    ["jaxrl.types", "bridge.wire", "bridge.delta", "bridge.guard"],
+    ["jaxrl.types", "bridge.wire", "bridge.delta", "bridge.guard", "bridge.engines.errors"],
     [
         "jaxrl.durable",
         "jaxrl.config",
@@ -40,7 +40,12 @@ LAYERS = [  # a module imports only from rows above its own
         "bridge.node_copy",
     ],
     ["bridge.encoding", "bridge.receive", "bridge.transaction", "bridge.channels.cloud"],
-    ["bridge.engines.examine"],
+    [
+        "bridge.engines.examine",
+        "bridge.engines.counters",
+        "bridge.engines.intake",
+        "bridge.engines.sampling",
+    ],
     ["bridge.engines.weight_transfer", "bridge.engines.plugin", "bridge.publisher"],
     ["bridge.engines.vllm"],
     ["bridge.roster", "bridge.gauges"],
@@ -89,6 +94,10 @@ NEVER_REACHES = {  # directly or through others
     "bridge.channels.cloud": HEAVY,
     "bridge.channels.object_store": WORKER | {"torch", "vllm"},
     "bridge.torch_view": WORKER | {"vllm", "ray"},
+    "bridge.engines.errors": HEAVY,
+    "bridge.engines.intake": HEAVY,
+    "bridge.engines.sampling": HEAVY,
+    "bridge.engines.counters": WORKER | {"ray"},
     "bridge.engines.examine": WORKER | {"ray"},
     "bridge.engines.weight_transfer": WORKER,
     "bridge.engines.plugin": WORKER,

@@ -81,4 +81,6 @@ def test_an_engine_gets_the_configuration_and_never_the_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     assert engine_files(tmp_path) == {"config.json": b"{}"}
     (tmp_path / "generation_config.json").write_bytes(b"[]")
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
     assert set(engine_files(tmp_path)) == {"config.json", "generation_config.json"}
+    assert engine_files(tmp_path, tokenizer=True)["tokenizer.json"] == b"{}"

@@ -1,8 +1,9 @@
 """One vLLM engine behind a Ray actor.
 
 The class is plain Python with coroutines; `bridge.fleet` makes the actor of it. Tokens go in and
-tokens come out: there is no tokenizer here, and no HTTP. vLLM is imported when the engine starts
-and not before, so that the driver can name this class without having vLLM.
+tokens come out, exactly as they were sampled: no HTTP, and no text unless a request has options
+about it. vLLM is imported when the engine starts and not before, so that the driver can name this
+class without having vLLM.
 """
 
 import asyncio
@@ -13,37 +14,24 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from bridge.engines.errors import EngineDead, EngineError, RequestRefused, StaleVersion
+from bridge.engines.intake import Intake, siblings
+from bridge.engines.sampling import sampling_of, sampling_params
 from bridge.guard import guarded
+from jaxrl.types import Sampling
 
-_MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
 _STEP_TOKENS = 2048  # prompt tokens that a CPU engine takes on in one step, at least
 _POLL_S = 0.01
 _EXAMINE_S = 0.02  # for which decoding waits at a time while the model is examined
 _FINISHED = ("stop", "length")
 _LOG_TAIL_BYTES = 65536
 _LOGGED_ERROR = re.compile(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
-
-
-class EngineError(Exception):
-    """The engine cannot do what it was asked; says which engine and why."""
-
-
-class RequestRefused(EngineError):
-    """The request is at fault, and every engine would refuse it."""
-
-
-class StaleVersion(EngineError):
-    """The request asks for another version of the weights than the engine acknowledged."""
-
-
-class EngineDead(EngineError):
-    """The engine cannot serve again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +47,7 @@ class EngineSettings:
     enforce_eager: bool = False
     load_format: Literal["dummy", "auto"] = "dummy"  # dummy: weights come over the bridge
     lora: dict[str, Any] | None = None  # PEFT's adapter_config, of every adapter that will come
+    tokenizer: bool = False  # for options about text; its files are then among the model's
     seed: int = 0
 
 
@@ -102,6 +91,8 @@ class VllmEngine:
         self._settings = settings
         self._model = model
         self._llm: Any = None
+        self._counters: Any = None
+        self._intake = Intake(self._samples)
         self._vocab_size = 0
         self._version: int | None = None  # acknowledged; None until weights were loaded
         self._staged: int | None = None
@@ -123,7 +114,7 @@ class VllmEngine:
             with guarded():
                 await self._build()
             # Some models are refused only by the first forward pass.
-            await self._run([0], _sampling_params(_TRIAL))
+            await self._run([0], sampling_params(_TRIAL, seed=0))
         except Exception as error:  # vLLM raises whatever its many parts raise
             await self.shutdown()
             raise EngineDead(
@@ -133,10 +124,12 @@ class VllmEngine:
         if self._settings.load_format == "auto":
             await self._llm.update_weight_version("0")
             self._version = 0
+        self._intake = Intake(self._samples)  # from here on it counts who is idle
         return {
             "name": self._name,
             "vllm": vllm.__version__,
             "version": self._version,
+            "max_num_seqs": self._settings.max_num_seqs,
             "seconds": time.perf_counter() - started,
             "pid": os.getpid(),
             "node": os.uname().nodename,
@@ -150,6 +143,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from bridge.engines import plugin
+        from bridge.engines.counters import Counters
 
         settings = self._settings
         if settings.tensor_parallel > 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
@@ -170,7 +164,7 @@ class VllmEngine:
         with self._model_directory() as directory:
             args = AsyncEngineArgs(
                 model=directory,
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not settings.tokenizer,
                 generation_config="vllm",  # no sampling setting is taken from the model's files
                 dtype=dtype,
                 max_model_len=settings.max_model_len,
@@ -185,13 +179,14 @@ class VllmEngine:
                 # Log-probabilities of the distribution that was sampled from, temperature applied.
                 logprobs_mode="processed_logprobs",
                 max_logprobs=1,
-                disable_log_stats=True,
+                disable_log_stats=True,  # but for our own counters
                 weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
                 worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
                 **{name: value for name, value in optional.items() if value is not None},
             )
             # Kept from here on: whatever fails next, `shutdown` ends the processes behind it.
-            self._llm = AsyncLLM.from_engine_args(args)
+            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[Counters])
+        self._counters, *_ = self._llm.logger_manager.stat_loggers
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         if settings.lora is not None:
             if current_platform.is_cpu() and self._llm.model_config.is_moe:
@@ -378,13 +373,52 @@ class VllmEngine:
         self._staged = None
         await self._llm.collective_rpc("bridge_abort")
 
-    async def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Samples the completions of one prompt.
+    async def submit(self, requests: list[dict[str, Any]]) -> None:
+        """Takes requests on and returns; `poll` tells how each ended.
 
         Args:
-          request: tokens, n, max_new_tokens, temperature, stop_tokens, seed, version. Sibling i is
-            sampled with seed + i. Temperature 0 is greedy, and its log-probabilities are those of
-            temperature 1.
+          requests: of each its id, tokens, seed, version (the oldest of the weights that may sample
+            it), straggler_s (see `intake.siblings`; None waits for all) and the fields of
+            `Sampling`.
+
+        Raises:
+          EngineDead: it took none.
+        """
+        self._require_running()
+        self._intake.submit(requests)
+
+    async def poll(self, wait_s: float) -> dict[str, Any]:
+        """Waits until a request has ended, for `wait_s` at most. One call at a time.
+
+        Returns:
+          done: of each request that ended since the last call its id, and one of: completions, as
+            `generate` has them; refused, why no engine would serve it; failed, why this one did
+            not;
+          progress, which grows with all that vLLM does for its requests;
+          running and waiting, the sequences in vLLM's scheduler; kv_use, the share of the KV cache
+            that they use;
+          since the start: tokens sampled; prompt_tokens looked up in the prefix cache, and
+            prefix_hits, those found; idle_s, without a request that was submitted.
+
+        Raises:
+          EngineDead: nothing that was not reported will be.
+        """
+        self._require_running()
+        done = await self._intake.take(wait_s)
+        self._require_running()
+        return {"done": done, "idle_s": self._intake.idle_s, **self._counters.report()}
+
+    async def cancel(self, ids: list[str]) -> None:
+        """Aborts submitted requests. They are not reported; unknown ids are ignored."""
+        self._intake.cancel(ids)
+
+    async def generate(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Samples the completions of one prompt and waits for them.
+
+        Args:
+          request: tokens, seed, version and the fields of `Sampling`; options that it does not name
+            are off. Sibling i is sampled with seed + i. Temperature 0 is greedy, and its
+            log-probabilities are those of temperature 1.
 
         Returns:
           One dict for each sibling: tokens int32, logprobs float32 nats of the sampling
@@ -395,21 +429,23 @@ class VllmEngine:
           StaleVersion: this engine has not acknowledged the request's version.
           EngineError: vLLM did not finish it.
         """
-        self._require_version(request["version"])
-        self._check(request)
-        with self._plain_errors():
-            output = await self._run(request["tokens"], _sampling_params(request))
-        # Greedy siblings are all the same: vLLM refuses them, and one is sampled for all.
-        greedy = request["temperature"] == 0
-        completions = output.outputs * request["n"] if greedy else output.outputs
-        return [
-            self._result(completion, request["seed"] + sibling)
-            for sibling, completion in enumerate(completions)
-        ]
+        return await siblings(self._samples(request), straggler_s=None)
 
-    async def generate_many(self, requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """`generate` for each request, all at once and in one message each way."""
-        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
+    def _samples(self, request: dict[str, Any]) -> list[Coroutine[Any, Any, dict[str, Any]]]:
+        """The siblings of a request as requests of their own, which share the prompt in the cache:
+        vLLM would give those of one request back together, and not before the last."""
+        self._require_version(request["version"])
+        sampling = sampling_of(request, self._settings.tokenizer)
+        tokens, seed = request["tokens"], request["seed"]
+        self._check_tokens(tokens, new=sampling.max_new_tokens)
+        with self._plain_errors():
+            params = [sampling_params(sampling, seed + sibling) for sibling in range(sampling.n)]
+        return [self._sample(tokens, own) for own in params]
+
+    async def _sample(self, tokens: list[int], params: Any) -> dict[str, Any]:
+        with self._plain_errors():
+            output = await self._run(tokens, params)
+        return self._result(output.outputs[0], params.seed)
 
     async def score(self, tokens: list[int]) -> np.ndarray:
         """Log-probability of each token given those before it, float32 [len(tokens)], nats.
@@ -439,18 +475,18 @@ class VllmEngine:
         """Ends vLLM's processes."""
         llm, self._llm = self._llm, None
         self._version = None
+        self._intake.close()
         if llm is not None:
             llm.shutdown()
 
     async def _run(self, tokens: list[int], params: Any) -> Any:
-        prompt = {"prompt_token_ids": list(tokens)}
+        from vllm.inputs import tokens_input
+
         results = self._llm.generate(
-            prompt, params, uuid.uuid4().hex, lora_request=self._lora_request
+            tokens_input(tokens), params, uuid.uuid4().hex, lora_request=self._lora_request
         )
-        async for output in results:
-            if output.finished:
-                return output
-        raise EngineError(f"{self._name}: vLLM ended a request without a result")
+        *_, last = [output async for output in results]  # to its end, or vLLM would abort it
+        return last
 
     def _result(self, completion: Any, seed: int) -> dict[str, Any]:
         if completion.finish_reason not in _FINISHED:
@@ -480,34 +516,26 @@ class VllmEngine:
         except EngineError:
             raise
         except Exception as error:  # vLLM rebuilds its workers' errors as types of its own
-            dead = self._llm is None or self._llm.errored
-            kind = EngineDead if dead else EngineError
+            from vllm.exceptions import VLLMClientError
+
+            self._require_running()
+            kind = RequestRefused if isinstance(error, VLLMClientError) else EngineError
             raise kind(f"{self._name}: {_sentence(error)}") from error
 
     def _require_running(self) -> None:
         if self._llm is None:
             raise EngineDead(f"{self._name} is not running")
+        if self._llm.errored:
+            raise EngineDead(f"{self._name}: {_sentence(self._llm.dead_error)}")
 
     def _require_version(self, version: int) -> None:
+        """`version` is the oldest that will do."""
         self._require_running()
-        if self._version is None or version != self._version:
+        if self._version is None or version > self._version:
             raise StaleVersion(
                 f"{self._name}: the request is for weight version {version}, and the engine "
                 f"acknowledged {self._version}"
             )
-
-    def _check(self, request: dict[str, Any]) -> None:
-        temperature = request["temperature"]
-        if not (temperature == 0 or temperature >= _MIN_TEMPERATURE):
-            raise RequestRefused(
-                f"temperature {temperature}: use 0 for greedy, or at least {_MIN_TEMPERATURE}"
-            )
-        if request["n"] < 1 or request["max_new_tokens"] < 1 or request["seed"] < 0:
-            raise RequestRefused(
-                f"n {request['n']} and max_new_tokens {request['max_new_tokens']} must be at least "
-                f"1, and seed {request['seed']} at least 0"
-            )
-        self._check_tokens(request["tokens"], new=request["max_new_tokens"])
 
     def _check_tokens(self, tokens: list[int], new: int) -> None:
         longest = self._settings.max_model_len
@@ -540,7 +568,7 @@ def _merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-_TRIAL = {"n": 1, "seed": 0, "temperature": 1.0, "max_new_tokens": 1, "stop_tokens": []}
+_TRIAL = Sampling(n=1, max_new_tokens=1, temperature=1.0, stop_tokens=())
 
 
 def _adapter_arguments(lora: dict[str, Any] | None) -> dict[str, Any]:
@@ -562,26 +590,6 @@ def _adapter_arguments(lora: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _sampling_params(request: dict[str, Any]) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        n=request["n"] if request["temperature"] else 1,
-        seed=request["seed"],  # vLLM gives sibling i seed + i
-        temperature=request["temperature"],
-        top_p=1.0,
-        top_k=0,
-        max_tokens=request["max_new_tokens"],
-        stop_token_ids=list(request["stop_tokens"]),
-        ignore_eos=True,  # only the request's own stop tokens stop it
-        logprobs=0,  # of the sampled token, and of no other
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
 def _sentence(error: Exception) -> str:
     """What went wrong, in one line.
 
@@ -591,6 +599,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, EngineError):
         return str(error)
     text = " ".join(str(error).split())
+    if not text and isinstance(error.__cause__, Exception):  # vLLM's wrapper of what went wrong
+        return _sentence(error.__cause__)
     if "root cause" not in text:
         return f"{type(error).__name__}: {text}" if type(error) is not Exception else text
     printed = _own_output("/proc/self/fd/1") + _own_output("/proc/self/fd/2")

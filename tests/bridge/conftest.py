@@ -16,6 +16,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOCAB = 128
+EOS = 7
 
 
 @dataclasses.dataclass
@@ -41,13 +42,17 @@ class TinyModel:
         names = ("config.json", "generation_config.json")
         return {name: (self.directory / name).read_bytes() for name in names}
 
+    def logits(self, tokens):
+        import torch
+
+        with torch.no_grad():
+            return self.model(torch.tensor([tokens])).logits[0].float().numpy()
+
     def logprobs(self, tokens, temperature=1.0):
         """Row t is the reference's distribution of the token after `tokens[: t + 1]`."""
         import torch
 
-        with torch.no_grad():
-            logits = self.model(torch.tensor([tokens])).logits[0].float()
-        return torch.log_softmax(logits / temperature, -1).numpy()
+        return torch.log_softmax(torch.from_numpy(self.logits(tokens)) / temperature, -1).numpy()
 
     def scores(self, tokens):
         rows = self.logprobs(tokens)
@@ -70,13 +75,32 @@ def make_tiny(directory: Path, seed: int, tied: bool = True, kv_heads: int = 2) 
         head_dim=32,
         max_position_embeddings=4096,
         tie_word_embeddings=tied,
-        eos_token_id=7,
+        eos_token_id=EOS,
         initializer_range=0.2,  # wide, so that two seeds give visibly different distributions
     )
     model = Qwen3ForCausalLM(config).float().eval()
     model.save_pretrained(directory)
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
     return TinyModel(directory, model)
+
+
+def ascii_tokenizer(directory: Path) -> dict[str, bytes]:
+    """The files of a tokenizer whose tokens are the ASCII characters, but for EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # A byte-level tokenizer writes the bytes that it cannot show as letters from 256 on.
+    unseen = [byte for byte in range(VOCAB) if not 33 <= byte <= 126]
+    letters = {
+        byte: chr(256 + unseen.index(byte) if byte in unseen else byte) for byte in range(VOCAB)
+    }
+    letters[EOS] = "<eos>"
+    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in letters.items()}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(directory)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
+import psutil
+
 from bridge.engines.vllm import VllmEngine, actor_environment
 
 _ANSWER_S = 120
@@ -49,6 +51,11 @@ class ForkedEngines:
         `during` is a (method, *args) that takes long.
         """
         return self._ask("both", (delay_s, during, args))
+
+    def kill_core(self):
+        """Kills what the engine's own process started."""
+        for process in psutil.Process(self._process.pid).children():
+            process.kill()
 
     def _ask(self, method, args):
         self._pipe.send((method, args))

@@ -1,19 +1,23 @@
 """One real vLLM engine behind a real Ray actor, against transformers in float32."""
 
 import asyncio
+import dataclasses
 import hashlib
 import json
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
-from tests.bridge.conftest import VOCAB, packed
+from tests.bridge.conftest import EOS, VOCAB, ascii_tokenizer, packed
 
 pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
+psutil = pytest.importorskip("psutil")
 
 from bridge.channels.object_store import ObjectStoreChannel  # noqa: E402
 from bridge.channels.shuttle import ShuttleChannel  # noqa: E402
@@ -33,8 +37,8 @@ TEXT = [int(t) for t in np.random.default_rng(0).integers(0, VOCAB, 200)]
 class Driver:
     """Calls the engine, and gives each published version the next number."""
 
-    def __init__(self, actor, channel, expected):
-        self.actor, self.channel, self.expected = actor, channel, expected
+    def __init__(self, actor, channel, expected, pid):
+        self.actor, self.channel, self.expected, self.pid = actor, channel, expected, pid
         self.version = 0
 
     def call(self, method, *args):
@@ -64,19 +68,47 @@ class Driver:
     def generate(self, **changes):
         return self.call("generate", self.request(**changes))
 
+    def submit(self, **requests):
+        """Each by its id, as changes to the usual request."""
+        work = [
+            self.request(**changes) | {"id": id, "straggler_s": changes.get("straggler_s")}
+            for id, changes in requests.items()
+        ]
+        self.call("submit", work)
+
+    def ends(self, *ids):
+        """How these requests ended, by id. Others must not end meanwhile."""
+        found = {}
+        while set(found) != set(ids):
+            for entry in self.call("poll", 60.0)["done"]:
+                assert entry["id"] in ids and entry["id"] not in found
+                found[entry["id"]] = entry
+        return found
+
+    def poll_until(self, holds):
+        """The first poll of which `holds` is true; no request may end before it."""
+        deadline = time.monotonic() + 60
+        while True:
+            report = self.call("poll", 0.05)
+            assert not report["done"] and time.monotonic() < deadline, report
+            if holds(report):
+                return report
+
 
 @pytest.fixture(scope="module")
 def unloaded(ray_cluster, tiny, engine_settings, tmp_path_factory):
     """An engine as it starts, with weights of vLLM's own invention."""
+    files = tiny.files() | ascii_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    settings = dataclasses.replace(engine_settings, tokenizer=True)
     actor = (
         ray.remote(VllmEngine)
         .options(num_cpus=1, runtime_env={"env_vars": actor_environment(cpu=True)})
-        .remote("engine-0", engine_settings, tiny.files())
+        .remote("engine-0", settings, files)
     )
     info = ray.get(actor.start.remote(), timeout=120)
     print(f"engine ready in {info['seconds']:.1f} s")
-    assert info["version"] is None
-    driver = Driver(actor, ObjectStoreChannel(), tiny.expected())
+    assert info["version"] is None and info["max_num_seqs"] == settings.max_num_seqs
+    driver = Driver(actor, ObjectStoreChannel(), tiny.expected(), info["pid"])
     # Nothing may be sampled before the first publish.
     with pytest.raises(StaleVersion, match="acknowledged None"):
         driver.generate(version=0)
@@ -185,28 +217,208 @@ def test_temperature_zero_takes_the_likeliest_token(engine, tiny):
     assert [r["tokens"].tolist() for r in rollouts] == [tokens.tolist()] * 3
 
 
-def test_many_requests_come_back_in_their_order(engine, tiny):
-    prompts = [[1 + i, 2 + i] for i in range(6)]
-    requests = [engine.request(tokens=prompt, n=2, seed=10) for prompt in prompts]
-    found = engine.call("generate_many", requests)
-    for prompt, rollouts in zip(prompts, found, strict=True):
-        for rollout in rollouts:
-            expected = reference_logprobs(tiny, prompt, rollout["tokens"], 1.0)
-            np.testing.assert_allclose(rollout["logprobs"], expected, atol=1e-4)
+def assert_same(completions, others):
+    for one, other in zip(completions, others, strict=True):
+        assert one["seed"] == other["seed"] and one["finish_reason"] == other["finish_reason"]
+        for name in "tokens", "versions":
+            np.testing.assert_array_equal(one[name], other[name])
+        np.testing.assert_allclose(one["logprobs"], other["logprobs"], atol=1e-4)
+
+
+def test_what_is_submitted_ends_as_what_is_generated(engine):
+    requests = {f"r{i}": {"tokens": [1 + i, 2 + i], "n": 3, "seed": 10 * i} for i in range(6)}
+    before = engine.call("poll", 0.0)
+    engine.submit(**requests)
+    ends = engine.ends(*requests)
+    after = engine.call("poll", 0.0)
+    found = [completion for end in ends.values() for completion in end["completions"]]
+    assert after["tokens"] - before["tokens"] == sum(len(c["tokens"]) for c in found)
+    for id, changes in requests.items():
+        assert_same(ends[id]["completions"], engine.generate(**changes))
+
+
+def test_a_request_that_cannot_be_served_says_why_and_the_others_are_served(engine):
+    version = engine.version
+    engine.submit(
+        newer={"version": version + 1}, empty={"tokens": []}, good={}, nucleus={"top_p": 2.0}
+    )
+    ends = engine.ends("newer", "empty", "good", "nucleus")
+    assert (
+        f"version {version + 1}, and the engine acknowledged {version}" in ends["newer"]["failed"]
+    )
+    assert "must be a prompt" in ends["empty"]["refused"]
+    assert "top_p" in ends["nucleus"]["refused"]
+    assert_same(ends["good"]["completions"], engine.generate())
+
+
+def test_a_request_ends_without_waiting_for_others_and_a_cancelled_one_does_not(engine):
+    engine.submit(long={"n": 16, "max_new_tokens": 490}, short={"max_new_tokens": 1})
+    assert "completions" in engine.ends("short")["short"]
+    engine.call("cancel", ["long", "unknown"])
+    engine.poll_until(lambda report: report["running"] == report["waiting"] == 0)
+    engine.submit(last={"max_new_tokens": 1})
+    engine.ends("last")
+
+
+def test_stragglers_are_left_behind_and_what_is_there_is_unchanged(engine):
+    group = {"n": 16, "max_new_tokens": 490, "stop_tokens": [EOS]}
+    whole = {completion["seed"]: completion for completion in engine.generate(**group)}
+    engine.submit(group=group | {"straggler_s": 0.0})
+    there = engine.ends("group")["group"]["completions"]
+    assert 8 <= len(there) < 16
+    assert_same(there, [whole[completion["seed"]] for completion in there])
+    engine.poll_until(lambda report: report["running"] == 0)
+
+
+def test_progress_is_the_cores_own(engine):
+    """An actor whose core hangs answers still, but says that nothing happens."""
+    core = psutil.Process(engine.pid).children(recursive=True)
+    engine.submit(long={"n": 32, "max_new_tokens": 490})
+    started = engine.poll_until(lambda report: report["running"] == 32)["progress"]
+    assert 0 < engine.poll_until(lambda report: report["progress"] > started)["kv_use"] < 1
+    for process in core:
+        process.suspend()
+    try:
+        reports = [engine.call("poll", 0.5)]
+        while len(reports) < 2 or reports[-1]["progress"] > reports[-2]["progress"]:
+            assert len(reports) < 60, reports
+            reports.append(engine.call("poll", 0.5))
+    finally:
+        for process in core:
+            process.resume()
+    engine.poll_until(lambda report: report["progress"] > reports[-1]["progress"])
+    assert engine.call("poll", 0.0)["idle_s"] == reports[0]["idle_s"]
+    engine.call("cancel", ["long"])
+
+
+def test_siblings_share_their_prompt_in_the_cache(engine):
+    """The cache is empty after a publish, and has blocks of 128 tokens on CPU."""
+    before = engine.call("poll", 0.0)
+    engine.submit(group={"tokens": TEXT, "n": 8, "max_new_tokens": 1})
+    engine.ends("group")
+    after = engine.call("poll", 0.0)
+    assert after["prompt_tokens"] - before["prompt_tokens"] == 8 * len(TEXT)
+    assert after["prefix_hits"] - before["prefix_hits"] == 7 * 128
 
 
 def test_seeded_prompts_that_do_not_fit_into_one_step_are_sampled(engine):
     """More prompt tokens at once than vLLM schedules in a step: on CPU it must not split one."""
     rng = np.random.default_rng(3)
     prompts = [[int(t) for t in rng.integers(0, VOCAB, 150)] for _ in range(30)]
-    requests = [
-        engine.request(tokens=tokens, seed=seed, max_new_tokens=4)
+    requests = {
+        str(seed): {"tokens": tokens, "seed": seed, "max_new_tokens": 4}
         for seed, tokens in enumerate(prompts)
-    ]
-    together = engine.call("generate_many", requests)
-    for request, (completion,) in list(zip(requests, together, strict=True))[::7]:
-        (alone,) = engine.call("generate", request)
-        np.testing.assert_array_equal(completion["tokens"], alone["tokens"])
+    }
+    engine.submit(**requests)
+    together = engine.ends(*requests)
+    for id in list(requests)[::7]:
+        assert_same(together[id]["completions"], engine.generate(**requests[id]))
+
+
+def chosen(logprobs_TV, tokens):
+    return logprobs_TV[np.arange(len(tokens)), tokens]
+
+
+def normalized(logits_TV):
+    logits_TV = logits_TV - logits_TV.max(-1, keepdims=True)
+    return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+
+
+def shaped(logits_TV, history, temperature, top_k=VOCAB, top_p=1.0, min_p=0.0, penalty=1.0):
+    """The log-probs that these options leave; `history` is what came before each row."""
+    rows = []
+    for row, seen in zip(logits_TV.astype(np.float64), history, strict=True):
+        seen = sorted(set(seen))
+        row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+        row = row / temperature
+        row[row < row.max() + np.log(max(min_p, 1e-30))] = -np.inf
+        row[np.argsort(-row)[top_k:]] = -np.inf
+        order = np.argsort(-row)
+        ahead = np.cumsum(np.exp(normalized(row))[order])
+        row[order[1:][ahead[:-1] >= top_p]] = -np.inf
+        rows.append(normalized(row))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.7},
+        {"top_k": 9, "top_p": 0.7, "min_p": 0.05, "repetition_penalty": 0.8},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_logprobs_are_of_the_distribution_that_options_leave(engine, tiny, options):
+    temperature = 0.8
+    named = {"penalty" if name == "repetition_penalty" else name: v for name, v in options.items()}
+    for rollout in engine.generate(n=4, temperature=temperature, **options):
+        tokens = rollout["tokens"].tolist()
+        text = [*PROMPT, *tokens]
+        logits_TV = tiny.logits(text)[len(PROMPT) - 1 : -1]
+        history = [text[: len(PROMPT) + t] for t in range(len(tokens))]
+        expected = chosen(shaped(logits_TV, history, temperature, **named), tokens)
+        np.testing.assert_allclose(rollout["logprobs"], expected, atol=1e-3)
+        plain = chosen(normalized(logits_TV / temperature), tokens)
+        assert np.abs(expected - plain).max() > 0.1
+
+
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine):
+    """Found across tokens, and what was sampled before stays as it was."""
+
+    def text(tokens):
+        return "".join(chr(token) for token in tokens if token != EOS)
+
+    group = {"n": 4, "max_new_tokens": 200}
+    whole = engine.generate(**group)
+    stop = text(whole[0]["tokens"])[60:62]
+    stopped = engine.generate(**group, stop_strings=[stop, "never sampled"])
+    for rollout, full in zip(stopped, whole, strict=True):
+        tokens = full["tokens"].tolist()
+        ends = [t + 1 for t in range(len(tokens)) if stop in text(tokens[: t + 1])]
+        length = ends[0] if ends else len(tokens)
+        expected = {name: full[name][:length] for name in ("tokens", "logprobs", "versions")}
+        reason = "stop" if ends else "length"
+        assert_same([rollout], [full | expected | {"finish_reason": reason}])
+    assert len(stopped[0]["tokens"]) < 200
+
+
+def test_a_bad_word_is_not_sampled_and_its_probability_goes_to_the_others(engine, tiny):
+    likeliest = tiny.logprobs(PROMPT)[-1, 33:127].argmax() + 33
+    for rollout in engine.generate(n=4, bad_words=[chr(likeliest)]):
+        tokens = rollout["tokens"].tolist()
+        assert likeliest not in tokens
+        logits_TV = tiny.logits([*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
+        logits_TV[:, likeliest] = -np.inf
+        expected = chosen(normalized(logits_TV), tokens)
+        np.testing.assert_allclose(rollout["logprobs"], expected, atol=1e-4)
+
+
+def test_a_completion_matches_the_regex_and_ends_there(engine, tiny):
+    """Each token's log-prob is among those that the expression allows at its place."""
+    letters = list(range(ord("a"), ord("f") + 1))
+    rollouts = engine.generate(n=8, regex="[a-f]{2,5}", max_new_tokens=20)
+    for rollout in rollouts:
+        *tokens, last = rollout["tokens"].tolist()
+        assert re.fullmatch("[a-f]{2,5}", "".join(map(chr, tokens)))
+        assert last == EOS and rollout["finish_reason"] == "stop"
+        logits_TV = tiny.logits([*PROMPT, *tokens])[len(PROMPT) - 1 :]
+        for place, row in enumerate(logits_TV):
+            allowed = letters * (place < 5) + [EOS] * (place >= 2)
+            row[np.setdiff1d(range(VOCAB), allowed)] = -np.inf
+        expected = chosen(normalized(logits_TV), [*tokens, last])
+        np.testing.assert_allclose(rollout["logprobs"], expected, atol=1e-4)
+    assert len({len(rollout["tokens"]) for rollout in rollouts}) > 1
+
+
+def test_a_completion_satisfies_the_json_schema(engine):
+    schema = json.dumps({"enum": ["yes", "no", 42]})
+    rollouts = engine.generate(n=8, json_schema=schema, max_new_tokens=20)
+    answers = {"".join(map(chr, rollout["tokens"][:-1])) for rollout in rollouts}
+    assert {json.loads(answer) for answer in answers} <= {"yes", "no", 42}
+    assert {rollout["finish_reason"] for rollout in rollouts} == {"stop"}
 
 
 def test_every_token_carries_its_version(engine):
@@ -215,10 +427,12 @@ def test_every_token_carries_its_version(engine):
     assert rollout["versions"].tolist() == [engine.version] * len(rollout["tokens"])
 
 
-def test_a_request_for_another_version_is_refused(engine):
-    for version in (engine.version - 1, engine.version + 1):
-        with pytest.raises(StaleVersion, match=f"version {version}, .*{engine.version}"):
-            engine.generate(version=version)
+def test_a_request_asks_for_a_version_or_a_newer_one(engine):
+    (rollout,) = engine.generate(version=engine.version - 1)
+    assert set(rollout["versions"].tolist()) == {engine.version}
+    newer = engine.version + 1
+    with pytest.raises(StaleVersion, match=f"version {newer}, .*{engine.version}"):
+        engine.generate(version=newer)
 
 
 def test_a_rollout_across_an_update_is_labelled_token_by_token(engine, tiny, other):
@@ -337,6 +551,10 @@ def test_only_the_staged_version_can_be_committed(engine, other):
         ({"temperature": float("nan")}, "temperature nan"),
         ({"seed": -1}, "seed -1"),
         ({"n": 0}, "n 0"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"regex": "("}, "RequestRefused: engine-0: .*regex"),
+        ({"json_schema": '{"type": 3}'}, "RequestRefused: engine-0: .*Grammar"),
+        ({"regex": "a", "json_schema": "{}"}, "only use one kind"),
     ],
 )
 def test_requests_that_no_engine_could_serve_are_refused(engine, changes, message):
@@ -354,6 +572,7 @@ def test_a_load_that_fails_half_way_ends_the_engine(engine, tiny):
     staged = engine.stage(tiny, leave_out=[norm])
     with pytest.raises(EngineDead, match=f"loading version {staged} failed.*{norm}"):
         engine.call("commit", staged)
-    for method, arguments in [("score", [TEXT]), ("generate", [{"version": staged}])]:
+    work = {"version": staged}
+    for method, arguments in [("score", [TEXT]), ("generate", [work]), ("poll", [60.0])]:
         with pytest.raises(EngineDead, match="engine-0 is not running"):
             engine.call(method, *arguments)

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("transformers")
 
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.engines.vllm import EngineSettings
+from bridge.engines.vllm import EngineDead, EngineSettings
 from tests.bridge.forked_engine import ForkedEngines
 
 WINDOW = 16
@@ -191,6 +191,29 @@ def test_two_versions_are_served_as_transformers_has_them(engines, settings, tmp
             assert_serves(engine, model, version)
         report = engine.call("examine", 60.0)
         assert not report["wrong"] and not report["unchecked"]
+
+
+def test_an_engine_says_that_its_core_died(engines, settings, tmp_path):
+    """What it had taken on is not reported any more, but for what ended before.
+
+    It has no tokenizer, so that options about text end at once.
+    """
+    model = make("qwen3", 0, tmp_path / "model")
+    settings = dataclasses.replace(settings, load_format="auto")
+    work = {"tokens": TEXT, "n": 4, "max_new_tokens": 50, "temperature": 1.0, "stop_tokens": []}
+    work |= {"seed": 1, "version": 0, "straggler_s": None}
+    with engines.engine(settings, str(model.directory)) as engine:
+        text = work | {"id": "text", "stop_strings": ["x"], "bad_words": ["y"]}
+        engine.call("submit", [work | {"id": "long"}, text])
+        (ended,) = engine.call("poll", 60.0)["done"]
+        assert ended["id"] == "text"
+        assert "stop_strings, bad_words: " in ended["refused"]
+        assert "EngineSettings.tokenizer" in ended["refused"]
+        engine.kill_core()
+        with pytest.raises(EngineDead, match="forked-engine: "):
+            engine.call("poll", 60.0)
+        with pytest.raises(EngineDead, match="forked-engine: "):
+            engine.call("submit", [work | {"id": "later"}])
 
 
 def test_a_loader_may_write_to_the_biases_that_it_is_given(engines, settings, tmp_path):
