@@ -1,76 +1,68 @@
 """The engines as Ray actors: started, updated, watched, and given work.
 
 The driver's side: no jax, no torch, no vllm. Engines fail: one that dies, hangs or cannot load
-leaves the roster with its reason, its work goes to the others, and another is started in its place,
-which joins at the first publish after it is ready. Only a fleet with nobody left ends a run.
+leaves the roster with its reason, its work goes to the others, and another is started in its place.
+One thread waits for all of them: for those that start, and for what those that are up say next.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from bridge.channels import Ticket
-from bridge.engines.vllm import (
-    EngineDead,
-    EngineSettings,
-    RequestRefused,
-    StaleVersion,
-    VllmEngine,
-    actor_environment,
-)
+from bridge.engines.vllm import EngineDead, VllmEngine, actor_environment
 from bridge.guard import guarded
-from bridge.roster import Engine, FleetError, Roster
+from bridge.requests import Requests
+from bridge.roster import Engine, EngineState, FleetError, Roster
 from bridge.transaction import EngineFailed, EngineLost, begun
-from jaxrl.types import Group, Prompt, Rollout, Sampling
+from jaxrl.types import EnginesGone, Group, Prompt, Request, Sampling
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]: what every version must hold
 _DEFAULT_STORE_BYTES = 1 << 30
 _SHUTDOWN_S = 10.0
 _QUARANTINES = 2  # of engines in one place, and it is left empty: it is not the engine's fault
 _EXAMINE_SHARE = 0.9  # of the time for an answer, so that one who is late can say so
+_POLL_S = 0.5  # for which an engine with nothing new to say keeps its answer
+_TURN_S = 0.2  # between two looks at the deadlines, at most
+_LONG_TURN_S = 1.0  # what a turn counts at most: a driver that was stopped finds no engine late
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    engines: int = 1
+    min_engines: int = 1  # that a run begins with, and cannot long be without
+    max_engines: int = 1  # that are started; those that Ray has no room for yet come later
     cpus_per_engine: float = 1
     gpus_per_engine: float = 0
-    start_timeout_s: float = 300.0  # until an engine is ready
-    request_timeout_s: float = 600.0  # for what is sent to one engine at once
+    start_timeout_s: float = 300.0  # from an engine's first sign of life until it is ready
+    request_timeout_s: float = 600.0  # for a request, at one engine
+    suspect_s: float = 2.0  # of silence, after which an engine gets no new requests
+    silence_s: float = 60.0  # or of no progress, after which it is ended
     max_restarts: int = 3  # engines that are started in the place of one, one after the other
     ray_address: str | None = None  # None: a Ray of our own on this machine
     object_store_bytes: int | None = None  # of a Ray of our own; None: 1 GiB
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dispatch:
-    """Prompts that one engine is working on."""
-
-    name: str
-    version: int
-    indices: list[int]
-    completions: int
-    deadline: float  # on the monotonic clock
-
-
 class Fleet:
-    """The engines of one run. `generate` may be called by several threads at once."""
+    """The engines of one run. Every method may be called from any thread."""
 
     def __init__(
         self,
         settings: FleetSettings,
-        engine_settings: EngineSettings | Sequence[EngineSettings],
+        engine_settings: Any,
         model: str | Mapping[str, bytes],
         expected: Expected,
         warn: Callable[[str], None] = print,
+        engine_class: type = VllmEngine,
     ):
         """Nothing starts yet.
 
@@ -79,33 +71,95 @@ class Fleet:
           model: see VllmEngine.
           expected: see VllmEngine.stage.
           warn: is told which engines are replaced, and which are not.
+          engine_class: has the methods of VllmEngine, and is made from a name, settings and model.
         """
         self._settings = settings
         several = isinstance(engine_settings, Sequence)
         self._engine_settings = list(engine_settings) if several else [engine_settings]
         self._model = model if isinstance(model, str) else dict(model)
         self._expected = _plain(expected)
-        self._warn = warn
-        self._roster = Roster()
+        self._warn, self._engine_class = warn, engine_class
+        self.newcomers: Callable[[str], None] | None = None  # told who came up after `wait_ready`
+        self._roster, self._requests = Roster(), Requests()
         self._owns_ray = False
-        self._replacing = False  # only what has been ready once is worth another try
-        self._lifecycle = threading.RLock()  # held by whoever starts or ends engines
+        self._running = False  # only what has been ready once is worth another try
+        self._start_by = 0.0  # for the first `min_engines`; on the monotonic clock
+        # All below, and the roster and the requests, are touched with the lock held.
+        self._changed = threading.Condition(threading.RLock())
+        self._depth = 0  # of changes within changes
+        self._now = 0.0  # seconds, on a watch that stands still while this process does
+        self._enough_at = 0.0  # when there were engines enough, or one more came up
+        self._floor = 0  # no request may be sampled by older weights
+        self._broken = ""  # why the thread ended
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
+        self._before = Said()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock while something changes; then gives out what there is room for, and tells
+        those who wait, without it."""
+        with self._changed:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            if self._depth:
+                return
+            self._dispatch()
+            settled = self._requests.take_settled()
+            self._changed.notify_all()
+        for future, outcome in settled:
+            with contextlib.suppress(InvalidStateError):  # it was cancelled just now
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    def _dispatch(self) -> None:
+        if why := self._why_gone():
+            for name, requests in self._requests.give_up(lambda: EnginesGone(why)).items():
+                self._cancel(self._roster[name], requests)
+            return
+        deadline = self._now + self._settings.request_timeout_s
+        for name, messages in self._requests.assign(self._roster.serving(), deadline).items():
+            engine = self._roster[name]
+            sent = engine.actor.submit.remote(messages)
+            engine.sending[sent] = [message["id"] for message in messages]
+
+    def _cancel(self, engine: Engine, requests: Sequence[str] = ()) -> None:
+        """Has the engine drop requests, once it surely has them: Ray may swap two messages."""
+        engine.unwanted.update(requests)
+        if there := engine.unwanted.difference(*engine.sending.values()):
+            engine.unwanted -= there
+            engine.actor.cancel.remote(sorted(there))
 
     def start(self) -> None:
         """Starts or joins Ray and creates the actors, without waiting for them."""
         self._connect()
-        self.add(self._settings.engines)
+        self._start_by = time.monotonic() + self._settings.start_timeout_s
+        self.add(self._settings.max_engines)
+        self._thread.start()
 
     def add(self, count: int = 1) -> None:
-        """Starts so many more engines, without waiting: each joins at the first publish after it is
-        ready."""
-        with self._lifecycle:
+        """Starts so many more engines, without waiting: each joins once it is ready."""
+        with self._changing():
             for _ in range(count):
                 self._launch(self._roster.slots)
 
+    def remove(self, name: str) -> None:
+        """Ends an engine, and starts none in its place; what it had goes to the others.
+
+        Raises:
+          FleetError: there is none of this name.
+        """
+        with self._changing():
+            self._end(self._roster.find(name), f"{name} was removed", replace=False)
+
     def _launch(self, slot: int) -> Engine:
         settings = self._settings
-        actor_class = ray.remote(VllmEngine).options(
+        actor_class: Any = ray.remote(self._engine_class).options(
             num_cpus=settings.cpus_per_engine,
             num_gpus=settings.gpus_per_engine,
             runtime_env={"env_vars": actor_environment(settings.gpus_per_engine == 0)},
@@ -114,9 +168,9 @@ class Fleet:
         before = len(self._roster.of_slot(slot))
         name = f"engine-{slot}.{before}" if before else f"engine-{slot}"
         engine_settings = self._engine_settings[slot % len(self._engine_settings)]
-        actor: Any = actor_class.remote(name, engine_settings, self._model)
-        ready_by = time.monotonic() + settings.start_timeout_s
-        engine = Engine(name, actor, actor.start.remote(), slot, ready_by)
+        actor = actor_class.remote(name, engine_settings, self._model)
+        # Answered as soon as there is a process, for which Ray may have to wait for room.
+        engine = Engine(name, slot, actor, pending=actor.acknowledged.remote())
         self._roster.add(engine)
         return engine
 
@@ -134,7 +188,7 @@ class Fleet:
                     "token (set RAY_AUTH_MODE=token, and have its token here)?"
                 ) from error
         else:
-            wanted = self._settings.engines * self._settings.cpus_per_engine
+            wanted = self._settings.max_engines * self._settings.cpus_per_engine
             with guarded():
                 ray.init(
                     address="local",  # without it Ray may join a cluster that it finds here
@@ -147,93 +201,122 @@ class Fleet:
         self._owns_ray = True
 
     def wait_ready(self) -> list[dict[str, Any]]:
-        """Waits until every engine can serve; returns what each says of itself.
+        """Waits for `min_engines` to be up; returns what each that is says of itself.
 
         Raises:
           FleetError: naming each engine that failed or is late, and why.
         """
-        infos = []
-        for engine in self._roster.starting:
-            try:
-                infos.append(self._await_start(engine))
-            except EngineFailed:
-                continue  # and look at the others
-        if self._roster.failures:
-            raise FleetError("; ".join(self._roster.failures.values()))
-        self._replacing = True
-        return infos
+        least = self._settings.min_engines
 
-    def _await_start(self, engine: Engine) -> dict[str, Any]:
-        left = engine.ready_by - time.monotonic()
-        try:
-            info = self._answer(engine.name, engine.started, left, "starting")
-        except EngineFailed as error:
-            self._end(engine.name, str(error))
-            raise
-        self._roster.acknowledge(engine.name, info["version"])
-        return info
+        def decided() -> bool:
+            up = len(self._roster.up)
+            return up >= least or up + len(self._roster.starting) < least or bool(self._broken)
+
+        with self._changed:
+            self._changed.wait_for(decided, max(0.0, self._start_by - time.monotonic()))
+            up = self._roster.up
+            failures = list(self._roster.failures.values())
+            if len(up) < least:
+                late = [] if decided() else [self._late(e) for e in self._roster.starting]
+                raise FleetError("; ".join([*failures, *late]) or self._broken)
+            for reason in failures:
+                self._warn(f"{reason}; not replaced: it never started")
+            for engine in up:
+                engine.offered = True
+            self._running = True
+            return [dict(engine.info) for engine in up]
+
+    def _late(self, engine: Engine) -> str:
+        if engine.has_process:
+            return f"{engine.name} did not finish before its deadline: starting"
+        return (
+            f"{engine.name} has no process after {self._settings.start_timeout_s:g} s: has a node "
+            f"of Ray {self._settings.cpus_per_engine:g} CPUs and "
+            f"{self._settings.gpus_per_engine:g} GPUs free? Add nodes, or lower vllm.engines"
+        )
 
     def members(self) -> list[str]:
-        """The engines that a version can be offered to: those that are ready by now."""
-        self._take_in(0.0)
-        return self._roster.ready
+        """The engines that a version can be offered to: those that are up by now."""
+        with self._changed:
+            up = self._roster.up
+            for engine in up:
+                engine.offered = True
+            return [engine.name for engine in up]
 
     def wait_members(self) -> list[str]:
-        """Waits for engines that are starting; returns those that are ready first, or none if
-        nobody is starting or none is ready within start_timeout_s."""
-        end = time.monotonic() + self._settings.start_timeout_s
-        while self._roster.starting and (left := end - time.monotonic()) > 0:
-            if joined := self._take_in(left):
-                return joined
-        return []
+        """Waits for engines that are starting; returns those that came up and were not returned
+        before, or none if nobody is starting or none is up within start_timeout_s."""
 
-    def _take_in(self, timeout_s: float) -> list[str]:
-        """Waits for one of the engines that are starting to be ready, or to fail; returns who is
-        ready."""
-        starting = self._roster.starting
-        if not starting:
-            return []
-        now = time.monotonic()
-        wait_s = min(timeout_s, *(max(0.0, e.ready_by - now) for e in starting))
-        started = [e.started for e in starting]
-        done, _ = ray.wait(started, num_returns=1, timeout=wait_s)
-        done, _ = ray.wait(started, num_returns=len(started), timeout=0) if done else ([], [])
-        ready = []
-        for engine in starting:
-            if engine.started in done or engine.ready_by <= time.monotonic():
-                with contextlib.suppress(EngineFailed):  # replaced, if it may be
-                    self._await_start(engine)
-                    ready.append(engine.name)
-        return ready
+        def new() -> list[Engine]:
+            return [engine for engine in self._roster.up if not engine.offered]
+
+        with self._changed:
+            self._changed.wait_for(
+                lambda: new() or not self._roster.starting, self._settings.start_timeout_s
+            )
+            joined = new()
+            for engine in joined:
+                engine.offered = True
+            return [engine.name for engine in joined]
 
     @property
     def alive(self) -> list[str]:
         """The engines that have not ended, whether they serve or not."""
-        return self._roster.alive
+        with self._changed:
+            return [engine.name for engine in self._roster if not engine.ended]
 
     @property
     def serving(self) -> list[str]:
         """The engines that get requests."""
-        return self._roster.serving
+        with self._changed:
+            return sorted(self._roster.serving())
 
     @property
     def failures(self) -> dict[str, str]:
         """The engines that left the fleet, and why."""
-        return self._roster.failures
+        with self._changed:
+            return self._roster.failures
 
     @property
     def replaced(self) -> int:
         """Engines that were started in the place of others."""
-        return self._roster.replaced
+        with self._changed:
+            return self._roster.replaced
 
     @property
     def quarantined(self) -> int:
         """Engines that held something else than they were sent."""
-        return self._roster.quarantined
+        with self._changed:
+            return self._roster.quarantined
 
     def holds(self, name: str) -> int | None:
         """The version that the engine loaded last; None before the first."""
-        return self._roster[name].version
+        with self._changed:
+            return self._roster.find(name).version
+
+    def status(self) -> dict[str, float]:
+        """What the fleet is doing, under the names of the metrics.
+
+        Idle fraction and prefix hit rate are of the time since the last call; kv_use is the
+        largest of the engines'; tokens and requeued count over the run.
+        """
+        with self._changed:
+            before, self._before = self._before, Said.of(self._roster)
+            since, up = self._before.since(before), self._roster.up
+            states = {
+                f"fleet/{state}": float(sum(e.state is state for e in self._roster))
+                for state in EngineState
+            }
+            return states | {
+                "fleet/queued": float(self._requests.schedule.queued),
+                "fleet/running": float(sum(e.said.get("running", 0) for e in up)),
+                "fleet/waiting": float(sum(e.said.get("waiting", 0) for e in up)),
+                "fleet/tokens": float(self._before.tokens),
+                "fleet/idle_fraction": min(1.0, since.idle_s / since.up_s) if since.up_s else 0.0,
+                "fleet/kv_use": max((float(e.said.get("kv_use", 0.0)) for e in up), default=0.0),
+                "fleet/prefix_hit_rate": since.prefix_hits / max(1, since.prompt_tokens),
+                "fleet/requeued": float(self._requests.requeued),
+            }
 
     def stage(
         self,
@@ -258,16 +341,23 @@ class Fleet:
     def commit(self, name: str, version: int, timeout_s: float) -> dict[str, Any]:
         """Has an engine that staged `version` serve it; see VllmEngine.commit.
 
-        Requests under way go on. New ones wait until `admit` says who serves what.
+        Its requests under way go on. It gets no new ones until `admit`; the others do.
 
         Raises:
           EngineFailed: it had not staged it, and keeps its old version. EngineLost: it failed half
           way through loading, or gave no answer within `timeout_s`.
         """
-        self._roster.suspend()
-        said = self._ask(name, timeout_s, "commit", version)
-        self._roster.acknowledge(name, version)
-        return said
+        with self._changing():
+            engine = self._living(name)
+            engine.begins_commit(version)
+        acknowledged = None
+        try:
+            said = self._ask(name, timeout_s, "commit", version)
+            acknowledged = version
+            return said
+        finally:
+            with self._changing():
+                engine.ends_commit(acknowledged, self._now)
 
     def score(self, name: str, tokens: Sequence[int], timeout_s: float) -> np.ndarray:
         """Log-probabilities of `tokens` on an engine; see VllmEngine.score."""
@@ -278,153 +368,255 @@ class Fleet:
         return self._ask(name, timeout_s, "examine", _EXAMINE_SHARE * timeout_s)
 
     def admit(self, name: str, version: int) -> None:
-        """Gives an engine requests, beside those that serve `version` already; others get none.
+        """The engine gets requests from now on, and what it sampled with `version` is delivered.
 
         Raises:
-          EngineLost: it has ended.
-          FleetError: it has not acknowledged `version`; nothing has changed.
+          EngineLost: it has ended. FleetError: it has not acknowledged `version`.
         """
-        if reason := self._roster.failures.get(name):
-            raise EngineLost(reason)
-        self._roster.admit([name], version)
+        with self._changing():
+            engine = self._living(name)
+            engine.admit(version)
+            self._requests.decide(engine)
 
     def withdraw(self, name: str) -> None:
-        """Gives an engine no new requests; it lives, and may have the next version."""
-        self._roster.withdraw(name)
+        """The engine gets no new requests until it is admitted again. Those it has go on; what
+        versions sampled that it did not prove is sampled again."""
+        with self._changing():
+            engine = self._roster.find(name)
+            engine.withdraw()
+            self._requests.decide(engine)
 
     def quarantine(self, name: str, why: str) -> None:
         """Ends an engine that holds something else than it was sent."""
-        self._end(name, f"{name}: {why}", "quarantined")
+        with self._changing():
+            self._end(self._roster.find(name), f"{name}: {why}", EngineState.QUARANTINED)
 
-    def begin(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> Callable[[], list[Group]]:
-        """As `generate`, in a thread; what is returned waits for its result, or raises."""
-        return begun(self.generate, prompts, sampling, seeds).result
+    def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
+        """See `jaxrl.collect.Engines.submit`.
+
+        Completion i of a request is sampled with its seed + i; all of them on one engine. What an
+        engine did not finish goes to the others with the same seeds.
+
+        Futures raise EnginesGone if no engine is left, or for `start_timeout_s` fewer than
+        `min_engines` were up or none was admitted; FleetError if no engine would serve the request.
+        """
+        with self._changing():
+            self._floor = max(self._floor, self._roster.oldest_served() or 0)
+            asked = [self._requests.add(request, self._floor, urgent) for request in requests]
+        for name, future in asked:
+            future.add_done_callback(functools.partial(self._forget, name))
+        return [future for _, future in asked]
+
+    def _forget(self, name: str, future: Future[Group]) -> None:
+        if future.cancelled():
+            with self._changing():
+                if engine := self._requests.drop(name):
+                    self._cancel(self._roster[engine], [name])
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Group]:
-        """The completions of each prompt, in the order of `prompts`.
-
-        Completion i of a prompt is sampled with the prompt's seed + i; all of them on one engine.
-        What an engine did not finish goes to the others with the same seeds.
-
-        Raises:
-          EnginesGone: no engine is left.
-          FleetError: no engine would serve one of the requests.
-        """
-        requests = [
-            _request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        groups: dict[int, Group] = {}
-        pending: dict[Any, Dispatch] = {}
-        waiting = list(range(len(prompts)))
+        """`submit`, and the groups in the order of `prompts`."""
+        asked = zip(prompts, seeds, strict=True)
+        futures = self.submit([Request(prompt, sampling, seed) for prompt, seed in asked])
         try:
-            while waiting or pending:
-                if waiting:
-                    pending |= self._dispatch(requests, waiting)
-                waiting = []
-                for reference in _next_done(pending):
-                    dispatch = pending.pop(reference)
-                    self._roster.release(dispatch.name, dispatch.completions)
-                    results = self._collect(dispatch, reference)
-                    if results is None:
-                        waiting += dispatch.indices
-                        continue
-                    for index, result in zip(dispatch.indices, results, strict=True):
-                        groups[index] = _group(prompts[index], sampling, result)
+            return [future.result() for future in futures]
         finally:
-            for dispatch in pending.values():
-                self._roster.release(dispatch.name, dispatch.completions)
-        return [groups[index] for index in range(len(prompts))]
+            for future in futures:
+                future.cancel()
 
-    def _dispatch(self, requests: list[dict[str, Any]], waiting: list[int]) -> dict[Any, Dispatch]:
-        """Sends the waiting requests, one message to each serving engine."""
-        timeout_s = self._settings.request_timeout_s
-        version, shares = self._roster.assign([requests[i]["n"] for i in waiting], timeout_s)
-        sent = {}
-        for name, share in shares.items():
-            indices = [waiting[position] for position in share]
-            work = [requests[index] | {"version": version} for index in indices]
-            completions = sum(request["n"] for request in work)
-            reference = self._roster[name].actor.generate_many.remote(work)
-            deadline = time.monotonic() + timeout_s
-            sent[reference] = Dispatch(name, version, indices, completions, deadline)
-        return sent
-
-    def _collect(self, dispatch: Dispatch, reference: Any) -> list[Any] | None:
-        """The results of a dispatch, or None if its prompts must be sent again."""
+    def _run(self) -> None:
+        """What the thread does until the fleet is closed."""
+        began = time.monotonic()
         try:
-            return ray.get(reference, timeout=0)
-        except RequestRefused as error:
-            raise FleetError(f"{dispatch.name} refused a request: {_cause(error)}") from error
-        except RayError as error:
-            # A request that crossed an update on its way is nobody's fault.
-            crossed = isinstance(error, StaleVersion) and dispatch.version != self._roster.version
-            if not crossed:
-                self._fail(dispatch.name, f"sampling {len(dispatch.indices)} prompts", error)
-            return None
+            while not self._closing.is_set():
+                answers = self._next_answers()
+                now = time.monotonic()
+                with self._changing():
+                    self._now += min(now - began, _LONG_TURN_S)
+                    began = now
+                    for engine, reference, answer in answers:
+                        self._heard(engine, reference, answer)
+                    self._look()
+        except Exception as error:
+            with self._changing():
+                self._broken = f"the thread that watches the engines failed: {error!r}"
+            raise
+
+    def _next_answers(self) -> list[tuple[Engine, Any, Any]]:
+        """Waits for an engine to answer; returns who did, and which call with what: an error, or
+        a result."""
+        with self._changed:
+            living = [engine for engine in self._roster if not engine.ended]
+            pending = {
+                ref: engine for engine in living for ref in [engine.pending, *engine.sending]
+            }
+        if not pending:
+            self._closing.wait(_TURN_S)
+            return []
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=_TURN_S)
+        if done:  # and whoever else did
+            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        return [(pending[reference], reference, _outcome(reference)) for reference in done]
+
+    def _heard(self, engine: Engine, reference: Any, answer: Any) -> None:
+        if engine.ended:
+            return
+        if isinstance(answer, RayError):
+            self._fail(engine, self._doing(engine), answer)
+            return
+        if engine.sending.pop(reference, None) is not None:
+            self._cancel(engine)
+        elif engine.state is not EngineState.STARTING:
+            self._take(engine, answer)
+        elif engine.has_process:
+            self._is_up(engine, answer)
+        else:
+            engine.has_process, engine.pending = True, engine.actor.start.remote()
+            engine.ready_by = self._now + self._settings.start_timeout_s
+
+    def _is_up(self, engine: Engine, info: Mapping[str, Any]) -> None:
+        engine.is_up(info, self._now)
+        engine.pending = engine.actor.poll.remote(_POLL_S)
+        self._requests.schedule.join(engine.name, info["max_num_seqs"])
+        self._enough_at = self._now
+        if self._running and self.newcomers is not None:
+            begun(self.newcomers, engine.name)
+
+    def _take(self, engine: Engine, said: Mapping[str, Any]) -> None:
+        """Takes what an engine has to say, and asks it anew."""
+        schedule = self._requests.schedule
+        for result in said["done"]:
+            self._requests.came_back(engine, result)
+        schedule.said(engine.name, said["running"] + said["waiting"])
+        engine.answered(said, self._now, busy=bool(schedule.has(engine.name)))
+        engine.pending = engine.actor.poll.remote(_POLL_S)
+
+    def _look(self) -> None:
+        """Ends whoever is late, silent or stuck."""
+        settings = self._settings
+        for name, requests in self._requests.overdue(self._now).items():
+            engine = self._roster[name]
+            why = f"{name} did not finish before its deadline: {self._doing(engine)}"
+            for request in requests:
+                self._requests.failed(request, why)
+            self._end(engine, why)
+        for engine in self._roster:
+            if engine.state is EngineState.STARTING and engine.ready_by < self._now:
+                self._end(engine, self._late(engine))
+            busy = bool(self._requests.schedule.has(engine.name))
+            if why := engine.trouble(self._now, busy, settings.suspect_s, settings.silence_s):
+                self._end(engine, f"{why}: {self._doing(engine)}")
+        if not self._lacking():
+            self._enough_at = self._now
+
+    def _doing(self, engine: Engine) -> str:
+        if engine.state is EngineState.STARTING:
+            return "starting"
+        return f"sampling {len(self._requests.schedule.has(engine.name))} prompts"
+
+    def _lacking(self) -> str:
+        """What keeps requests from ever being served, unless it changes."""
+        up, starting = self._roster.up, self._roster.starting
+        if len(up) < self._settings.min_engines:
+            return f"{len(up)} engines were up, fewer than {self._settings.min_engines}"
+        if not starting and not any(engine.serves for engine in up):
+            return "no engine was admitted"
+        return ""
+
+    def _why_gone(self) -> str:
+        """Why requests are not waited for any longer, or nothing."""
+        timeout_s = self._settings.start_timeout_s
+        if self._broken:
+            return self._broken
+        if all(engine.ended for engine in self._roster):
+            why = "no engine is left"
+        elif self._now - self._enough_at > timeout_s and (lacking := self._lacking()):
+            why = f"for {timeout_s:g} s {lacking}"
+        else:
+            return ""
+        late = [self._late(e) for e in self._roster.starting if not e.has_process]
+        reasons = [*self._roster.failures.values(), *late]
+        return (
+            f"{why}: {'; '.join(reasons) or 'none failed'}. What each engine printed is in Ray's "
+            "session directory, logs/worker-*.err"
+        )
+
+    def _living(self, name: str) -> Engine:
+        engine = self._roster.find(name)
+        if engine.ended:
+            raise EngineLost(engine.reason)
+        return engine
 
     def _ask(self, name: str, timeout_s: float, method: str, *args: Any) -> Any:
-        """Calls a method of an engine; see `_answer`."""
-        reference = getattr(self._roster[name].actor, method).remote(*args)
-        return self._answer(name, reference, timeout_s, method)
+        """Calls a method of an engine.
 
-    def _answer(self, name: str, reference: Any, timeout_s: float, doing: str) -> Any:
-        """Raises EngineFailed if the engine refuses, EngineLost if it died or is late."""
+        Raises:
+          EngineFailed: the engine refuses. EngineLost: it died or is late.
+        """
+        with self._changed:
+            engine = self._living(name)
+            reference = getattr(engine.actor, method).remote(*args)
         try:
             return ray.get(reference, timeout=max(0.0, timeout_s))
         except RayError as error:
             if isinstance(error, RayTaskError) and not isinstance(error, EngineDead):
                 raise EngineFailed(_cause(error)) from error
-            raise EngineLost(self._fail(name, doing, error)) from error
+            raise EngineLost(self._fail(engine, method, error)) from error
 
-    def _fail(self, name: str, doing: str, error: RayError) -> str:
-        """Ends an engine; returns the reason."""
+    def _fail(self, engine: Engine, doing: str, error: RayError) -> str:
+        """Ends an engine; returns the reason, of whoever found out first."""
         if isinstance(error, GetTimeoutError):
-            reason = f"{name} did not finish before its deadline: {doing}"
+            reason = f"{engine.name} did not finish before its deadline: {doing}"
         elif isinstance(error, RayActorError):
-            reason = f"{name} died: {doing}. {_how_it_died(error)}"
+            reason = f"{engine.name} died: {doing}. {_how_it_died(error)}"
         else:
-            reason = f"{name} failed: {doing}: {_cause(error)}"
-        self._end(name, reason)
-        return reason
+            reason = f"{engine.name} failed: {doing}: {_cause(error)}"
+        with self._changing():
+            self._end(engine, reason)
+        return engine.reason or reason
 
     def _end(
-        self, name: str, reason: str, state: Literal["failed", "quarantined"] = "failed"
+        self,
+        engine: Engine,
+        reason: str,
+        state: EngineState = EngineState.DEAD,
+        replace: bool = True,
     ) -> None:
         """Takes an engine out for good, and starts another in its place if there may be one more.
 
-        Several threads may find out about the same engine.
+        Several threads may find out about the same engine, or that the fleet was closed.
         """
-        with self._lifecycle:
-            engine = self._roster[name]
-            if engine.ended:
-                return
-            if self._replacing:
-                self._replace(engine, reason, state)
-            self._roster.end(name, reason, state)
-            ray.kill(engine.actor)
+        if engine.ended or self._closing.is_set():
+            return
+        engine.advance(state)
+        engine.reason = reason
+        self._requests.engine_ended(engine)
+        ray.kill(engine.actor)
+        if self._running and replace:
+            self._replace(engine)
 
-    def _replace(self, engine: Engine, reason: str, state: str) -> None:
-        """Ahead of the old one's end, or those who wait for work would see nobody left."""
+    def _replace(self, engine: Engine) -> None:
         had = self._roster.of_slot(engine.slot)
-        quarantines = (state == "quarantined") + sum(e.state == "quarantined" for e in had)
+        quarantines = sum(e.state is EngineState.QUARANTINED for e in had)
         if quarantines >= _QUARANTINES:
             then = "not replaced: it is the second in its place that did not hold what it was sent"
         elif len(had) > self._settings.max_restarts:
             then = f"not replaced: vllm.max_restarts = {self._settings.max_restarts} is reached"
         else:
             then = f"{self._launch(engine.slot).name} starts in its place"
-        self._warn(f"{reason}; {then}")
+        self._warn(f"{engine.reason}; {then}")
 
     def close(self) -> None:
-        """Ends every engine, and Ray if this fleet started it."""
-        with self._lifecycle:
-            self._replacing = False
+        """Ends every engine, and Ray if this fleet started it. Futures that are open raise."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(_SHUTDOWN_S)
+        with self._changing():
+            self._running = False
+            self._requests.give_up(lambda: EnginesGone("the engines were closed"))
             engines = self._roster.clear()
-        leaving = [e.actor.shutdown.remote() for e in engines if not e.ended]
+        leaving = [e.actor.shutdown.remote() for e in engines if e.has_process and not e.ended]
         if leaving:
             ray.wait(leaving, num_returns=len(leaving), timeout=_SHUTDOWN_S)
         for engine in engines:
@@ -434,35 +626,35 @@ class Fleet:
             self._owns_ray = False
 
 
-def _next_done(pending: Mapping[Any, Dispatch]) -> list[Any]:
-    """Waits for a dispatch to be done or past its deadline; returns those that are."""
-    first = min(dispatch.deadline for dispatch in pending.values())
-    timeout = max(0.0, first - time.monotonic())
-    done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
-    now = time.monotonic()
-    return done or [ref for ref, dispatch in pending.items() if dispatch.deadline <= now]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Said:
+    """What all engines said together, those that ended too: since the run began, or between two
+    times."""
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_hits: int = 0
+    idle_s: float = 0.0
+    up_s: float = 0.0  # of engines: two that were up for a second make two
+
+    @classmethod
+    def of(cls, engines: Roster) -> "Said":
+        spoke = [engine for engine in engines if engine.said]
+        names = ("tokens", "prompt_tokens", "prefix_hits", "idle_s")
+        sums = {name: sum(engine.said[name] for engine in spoke) for name in names}
+        return cls(**sums, up_s=sum(engine.heard - engine.up_since for engine in spoke))
+
+    def since(self, before: "Said") -> "Said":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
+        return Said(*(now - then for now, then in pairs))
 
 
-def _request(prompt: Prompt, sampling: Sampling, seed: int) -> dict[str, Any]:
-    return {
-        "tokens": list(prompt.tokens),
-        "n": sampling.n,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop_tokens": list(sampling.stop_tokens),
-        "seed": int(seed),
-    }
-
-
-def _group(prompt: Prompt, sampling: Sampling, results: list[dict[str, Any]]) -> Group:
-    rollouts = tuple(Rollout(**result) for result in results)
-    lengths = [{len(r.tokens), len(r.logprobs), len(r.versions)} for r in rollouts]
-    if len(rollouts) != sampling.n or any(len(length) != 1 for length in lengths):
-        raise FleetError(
-            f"prompt {prompt.id}: {len(rollouts)} of {sampling.n} completions came back, with "
-            f"tokens, log-probs and versions of lengths {lengths}"
-        )
-    return Group(prompt, rollouts)
+def _outcome(reference: Any) -> Any:
+    """The result, which is there, or the error."""
+    try:
+        return ray.get(reference, timeout=0)
+    except RayError as error:
+        return error
 
 
 def _how_it_died(error: RayActorError) -> str:

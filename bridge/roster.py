@@ -1,201 +1,214 @@
-"""Which engines there are, what each of them serves, and who gets work. No Ray in here."""
+"""Which engines there are, and what state each is in. No Ray, no clock, no threads."""
 
 import dataclasses
+import enum
 import math
-import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from jaxrl.types import EnginesGone, RunError
+from jaxrl.types import RunError
 
 
 class FleetError(RunError):
     """What an engine, or all of them, could not do, and where to look."""
 
 
-@dataclasses.dataclass
+class EngineState(enum.StrEnum):
+    STARTING = "starting"  # it is not built yet, or has no process yet
+    LOADING = "loading"  # it can be given weights, and has not proved what it holds
+    READY = "ready"  # it gets requests
+    SUSPECT = "suspect"  # it was ready, and has been silent for a while: no new requests
+    DEAD = "dead"
+    QUARANTINED = "quarantined"  # it held something else than it was sent, and was ended
+
+
+_ENDED = frozenset({EngineState.DEAD, EngineState.QUARANTINED})
+# From the end there is no way back: what takes an engine's place is new, and loads what is current.
+NEXT: Mapping[EngineState, frozenset[EngineState]] = {
+    EngineState.STARTING: frozenset({EngineState.LOADING, *_ENDED}),
+    EngineState.LOADING: frozenset({EngineState.READY, *_ENDED}),
+    EngineState.READY: frozenset({EngineState.LOADING, EngineState.SUSPECT, *_ENDED}),
+    EngineState.SUSPECT: frozenset({EngineState.LOADING, EngineState.READY, *_ENDED}),
+    EngineState.DEAD: frozenset(),
+    EngineState.QUARANTINED: frozenset(),
+}
+
+
+@dataclasses.dataclass(eq=False)
 class Engine:
-    """One actor, and what the driver knows of it."""
+    """One engine, and what the driver knows of it. Times are in seconds on the fleet's watch."""
 
     name: str
-    actor: Any
-    started: Any  # the pending result of `VllmEngine.start`
     slot: int = 0  # which of the places for engines it has; who replaces it has the same
-    ready_by: float = math.inf  # on the monotonic clock
-    state: Literal["starting", "ready", "failed", "quarantined"] = "starting"
+    actor: Any = None
+    pending: Any = None  # the result of a first call, then of `start`, then of each `poll`
+    has_process: bool = False
+    sending: dict[Any, list[str]] = dataclasses.field(default_factory=dict)  # requests, by message
+    unwanted: set[str] = dataclasses.field(default_factory=set)  # requests it is to drop
+    ready_by: float = math.inf  # counts from when there is a process
+    state: EngineState = EngineState.STARTING
     version: int | None = None  # the last it acknowledged
     reason: str = ""  # why it ended
-    load: int = 0  # completions under way
+    offered: bool = False  # whether the publisher was told of it
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what `start` returned
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what `poll` returned last
+    up_since: float = 0.0
+    heard: float = 0.0  # when it answered last
+    moved: float = 0.0  # when it made progress last, or had nothing to do
+    admitted_at: int | None = None  # the last version it was
+    _proven: set[int] = dataclasses.field(default_factory=set)  # all versions it was admitted at
+    _unproven: int | None = None  # that it loads or has loaded, and may yet be admitted at
+    _committing: bool = False
 
     @property
     def ended(self) -> bool:
-        return self.state in ("failed", "quarantined")
+        return self.state in _ENDED
+
+    @property
+    def up(self) -> bool:
+        """Whether it can be offered a version."""
+        return not self.ended and self.state is not EngineState.STARTING
+
+    @property
+    def serves(self) -> bool:
+        """Whether it gets requests, or will once it has proved what it loads now."""
+        return self.state in (EngineState.READY, EngineState.SUSPECT) or (
+            self.up and self.admitted_at is not None and self._unproven is not None
+        )
+
+    def advance(self, to: EngineState) -> None:
+        """Raises ValueError if `to` cannot follow."""
+        if to not in NEXT[self.state]:
+            raise ValueError(f"{self.name}: {to} cannot follow {self.state}")
+        self.state = to
+
+    def is_up(self, info: Mapping[str, Any], now: float) -> None:
+        """It started, with these weights (see VllmEngine.start)."""
+        self.advance(EngineState.LOADING)
+        self.info, self.version = info, info["version"]
+        self.up_since = self.heard = self.moved = now
+
+    def begins_commit(self, version: int) -> None:
+        """From here on it may sample with `version`, and gets no requests."""
+        if self.state is not EngineState.LOADING:
+            self.advance(EngineState.LOADING)
+        self._unproven, self._committing = version, True
+
+    def ends_commit(self, acknowledged: int | None, now: float) -> None:
+        """It acknowledged this version; None: it keeps the one that it had."""
+        self._committing = False
+        self.heard = self.moved = now
+        if acknowledged is not None:
+            self.version = acknowledged
+
+    def admit(self, version: int) -> None:
+        """Raises FleetError if it has not acknowledged `version`; nothing has changed."""
+        if not self.up or self.version != version:
+            raise FleetError(
+                f"{self.name} cannot be admitted at weight version {version}: it is {self.state} "
+                f"and acknowledged {self.version}. {self.reason}".strip()
+            )
+        if self.state is not EngineState.READY:
+            self.advance(EngineState.READY)
+        self._proven.add(version)
+        self.admitted_at, self._unproven = version, None
+
+    def withdraw(self) -> None:
+        """It gets no requests until it is admitted again."""
+        if self.state in (EngineState.READY, EngineState.SUSPECT):
+            self.advance(EngineState.LOADING)
+        self._unproven = None
+
+    def proves(self, versions: set[int]) -> bool | None:
+        """Whether it was admitted at all of these versions; None: not yet, and may be."""
+        rest = versions - self._proven
+        return None if rest and rest == {self._unproven} else not rest
+
+    def answered(self, said: Mapping[str, Any], now: float, busy: bool) -> None:
+        """What `poll` returned; `busy` if there are requests it has not finished."""
+        if said["progress"] != self.said.get("progress") or not busy:
+            self.moved = now
+        self.said, self.heard = said, now
+        if self.state is EngineState.SUSPECT:
+            self.advance(EngineState.READY)
+
+    def trouble(self, now: float, busy: bool, suspect_s: float, silence_s: float) -> str:
+        """Marks it as suspect if it is; says why it must be ended, or nothing."""
+        if not self.up or self._committing:  # a commit has a deadline of its own
+            return ""
+        if now - self.heard > silence_s:
+            return f"{self.name} has not answered for {silence_s:g} s"
+        if busy and now - self.moved > silence_s:
+            return f"{self.name} answers, and has made no progress for {silence_s:g} s"
+        if self.state is EngineState.READY and now - self.heard > suspect_s:
+            self.advance(EngineState.SUSPECT)
+        return ""
 
 
 class Roster:
-    """The engines, by name. Every method may be called from any thread.
-
-    Work is given only to the admitted engines, all of which serve one version. Between `suspend`
-    and the next `admit` nobody is given any, and those who ask wait.
-    """
+    """The engines of a run, by name; those that ended too."""
 
     def __init__(self) -> None:
         self._engines: dict[str, Engine] = {}
-        self._serving: set[str] = set()
-        self._version: int | None = None
-        self._suspended = False
-        self._changed = threading.Condition()
 
     def __getitem__(self, name: str) -> Engine:
         return self._engines[name]
 
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(list(self._engines.values()))
+
     def add(self, engine: Engine) -> None:
-        with self._changed:
-            self._engines[engine.name] = engine
+        self._engines[engine.name] = engine
+
+    def find(self, name: str) -> Engine:
+        """Raises FleetError if there is none of this name."""
+        if name not in self._engines:
+            raise FleetError(f"{name} is not one of {sorted(self._engines)}")
+        return self._engines[name]
 
     def clear(self) -> list[Engine]:
         """Empties the roster, and returns who was on it."""
-        with self._changed:
-            engines = list(self._engines.values())
-            self._engines, self._serving = {}, set()
-            self._changed.notify_all()
-            return engines
-
-    @property
-    def version(self) -> int | None:
-        """The version of the admitted engines."""
-        return self._version
-
-    @property
-    def alive(self) -> list[str]:
-        with self._changed:
-            return [name for name, e in self._engines.items() if not e.ended]
-
-    @property
-    def ready(self) -> list[str]:
-        """Those that are alive and started."""
-        with self._changed:
-            return [name for name, e in self._engines.items() if e.state == "ready"]
-
-    @property
-    def starting(self) -> list[Engine]:
-        with self._changed:
-            return [e for e in self._engines.values() if e.state == "starting"]
+        engines, self._engines = list(self._engines.values()), {}
+        return engines
 
     def of_slot(self, slot: int) -> list[Engine]:
         """All that ever had the place, the first of them first."""
-        with self._changed:
-            return [e for e in self._engines.values() if e.slot == slot]
+        return [e for e in self if e.slot == slot]
 
     @property
     def slots(self) -> int:
-        with self._changed:
-            return len({e.slot for e in self._engines.values()})
+        return len({e.slot for e in self})
+
+    @property
+    def starting(self) -> list[Engine]:
+        return [e for e in self if e.state is EngineState.STARTING]
+
+    @property
+    def up(self) -> list[Engine]:
+        return [e for e in self if e.up]
 
     @property
     def replaced(self) -> int:
         """Engines that were started in the place of others."""
-        with self._changed:
-            return len(self._engines) - len({e.slot for e in self._engines.values()})
+        return len(self._engines) - self.slots
 
     @property
     def quarantined(self) -> int:
-        with self._changed:
-            return sum(e.state == "quarantined" for e in self._engines.values())
-
-    @property
-    def serving(self) -> list[str]:
-        with self._changed:
-            return sorted(self._serving)
+        return sum(e.state is EngineState.QUARANTINED for e in self)
 
     @property
     def failures(self) -> dict[str, str]:
-        with self._changed:
-            return {e.name: e.reason for e in self._engines.values() if e.ended}
+        return {e.name: e.reason for e in self if e.ended}
 
-    def acknowledge(self, name: str, version: int | None) -> None:
-        """Notes that an engine is ready, with `version` loaded."""
-        with self._changed:
-            self._engines[name].state = "ready"
-            self._engines[name].version = version
+    def serving(self) -> dict[str, int]:
+        """Those that get requests, and the version that each of them holds."""
+        return {
+            e.name: e.version
+            for e in self
+            if e.state is EngineState.READY and e.version is not None
+        }
 
-    def end(
-        self, name: str, reason: str, state: Literal["failed", "quarantined"] = "failed"
-    ) -> None:
-        """Takes an engine out for good."""
-        with self._changed:
-            self._engines[name].state = state
-            self._engines[name].reason = reason
-            self._serving.discard(name)
-            self._changed.notify_all()
-
-    def suspend(self) -> None:
-        with self._changed:
-            self._suspended = True
-
-    def admit(self, names: Iterable[str], version: int) -> None:
-        """Gives these engines work, beside those that serve `version` already; others get none.
-
-        Raises:
-          FleetError: one of them has not acknowledged `version`; nothing has changed.
-        """
-        admitted = set(names)
-        with self._changed:
-            for name in sorted(admitted):
-                engine = self._engines.get(name)
-                if engine is None:
-                    raise FleetError(f"{name} is not one of {sorted(self._engines)}")
-                if engine.state != "ready" or engine.version != version:
-                    raise FleetError(
-                        f"{name} cannot be admitted at weight version {version}: it is "
-                        f"{engine.state} and acknowledged {engine.version}. {engine.reason}".strip()
-                    )
-            self._serving = admitted | (self._serving if version == self._version else set())
-            self._version, self._suspended = version, False
-            self._changed.notify_all()
-
-    def withdraw(self, name: str) -> None:
-        with self._changed:
-            self._serving.discard(name)
-
-    def assign(self, costs: Sequence[int], timeout_s: float) -> tuple[int, dict[str, list[int]]]:
-        """Shares out pieces of work, each to the engine with the least of it.
-
-        Returns:
-          The version they all serve, and for each engine the indices of its pieces. What an engine
-          was given counts as its load until `release`.
-
-        Raises:
-          EnginesGone: nobody serves.
-          FleetError: an update was not admitted within `timeout_s`.
-        """
-        with self._changed:
-            if not self._changed.wait_for(self._decided, timeout_s):
-                raise FleetError(
-                    f"the engines loaded new weights and none was admitted within {timeout_s:g} s"
-                )
-            if not self._serving or self._version is None:
-                raise EnginesGone(self._why_nobody_serves())
-            shares: dict[str, list[int]] = {}
-            for index, cost in enumerate(costs):
-                name = min(sorted(self._serving), key=lambda name: self._engines[name].load)
-                self._engines[name].load += cost
-                shares.setdefault(name, []).append(index)
-            return self._version, shares
-
-    def release(self, name: str, cost: int) -> None:
-        with self._changed:
-            if name in self._engines:
-                self._engines[name].load -= cost
-
-    def _decided(self) -> bool:
-        """Whether it is known who serves, or that nobody will."""
-        return not self._suspended or all(e.ended for e in self._engines.values())
-
-    def _why_nobody_serves(self) -> str:
-        reasons = [e.reason for e in self._engines.values() if e.ended]
-        return (
-            f"no engine is left that serves weight version {self._version}: "
-            f"{'; '.join(reasons) or 'none was admitted'}. What each engine printed is in Ray's "
-            "session directory, logs/worker-*.err"
-        )
+    def oldest_served(self) -> int | None:
+        """The oldest version that any engine which serves was admitted at last."""
+        served = (e.admitted_at for e in self if e.serves)
+        return min((version for version in served if version is not None), default=None)

@@ -705,7 +705,8 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     trained = trained_specs(decoder, lora)
     fleet = Fleet(
         FleetSettings(
-            engines=c.vllm.engines,
+            min_engines=c.vllm.engines,
+            max_engines=c.vllm.engines,
             cpus_per_engine=c.vllm.cpus_per_engine,
             gpus_per_engine=c.vllm.gpus_per_engine,
             start_timeout_s=c.vllm.start_timeout_s,

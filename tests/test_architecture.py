@@ -48,7 +48,8 @@ LAYERS = [  # a module imports only from rows above its own
     ],
     ["bridge.engines.weight_transfer", "bridge.engines.plugin", "bridge.publisher"],
     ["bridge.engines.vllm"],
-    ["bridge.roster", "bridge.gauges"],
+    ["bridge.roster", "bridge.schedule", "bridge.gauges"],
+    ["bridge.requests"],
     ["bridge.fleet"],
     ["jaxrl.train"],
 ]
@@ -103,6 +104,9 @@ NEVER_REACHES = {  # directly or through others
     "bridge.engines.plugin": WORKER,
     "bridge.engines.vllm": WORKER,
     "bridge.gauges": WORKER | {"torch", "vllm"},
+    "bridge.roster": HEAVY,
+    "bridge.schedule": HEAVY,
+    "bridge.requests": HEAVY,
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
 JOINS_THE_HALVES = {"jaxrl.train"}

@@ -1,6 +1,7 @@
 """The fleet against engines that fail: real ones that are killed, scripted ones that misbehave."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl.types import EnginesGone, Prompt, Sampling
+from jaxrl.types import EnginesGone, Prompt, Request, Sampling
 from tests.bridge.conftest import packed
 
 ray = pytest.importorskip("ray")
@@ -23,7 +24,7 @@ from bridge.channels import ChannelError, Ticket  # noqa: E402
 from bridge.channels.object_store import ObjectStoreChannel  # noqa: E402
 from bridge.channels.shuttle import ShuttleChannel  # noqa: E402
 from bridge.encoding import Encoder  # noqa: E402
-from bridge.engines.vllm import EngineDead, EngineError, RequestRefused, StaleVersion  # noqa: E402
+from bridge.engines.vllm import EngineDead, EngineError, RequestRefused  # noqa: E402
 from bridge.fleet import Fleet, FleetError, FleetSettings  # noqa: E402
 from bridge.publisher import Publisher  # noqa: E402
 from bridge.receive import Receiver  # noqa: E402
@@ -43,7 +44,9 @@ class ScriptedEngine:
 
     def __init__(self, name, settings, model):
         self.name, self.script = name, json.loads(model["script"]).get(name, {})
-        self.version = 1
+        self.version, self.sampling, self.done = 1, {}, []
+        self.progress = self.tokens = self.polls = 0
+        self.news = asyncio.Event()
 
     async def _act(self, method):
         match self.script.get(method):
@@ -57,18 +60,19 @@ class ScriptedEngine:
                 raise EngineError(f"{self.name}: torn")
             case "dead":
                 raise EngineDead(f"{self.name}: core gone")
-            case "stale":
-                raise StaleVersion(f"{self.name}: stale")
             case "slow":
                 await asyncio.sleep(3)
-            case "stale once":
-                del self.script[method]
-                await asyncio.sleep(0.5)
-                raise StaleVersion(f"{self.name}: stale")
+            case "until commit":
+                before = self.version
+                while self.version == before:
+                    await asyncio.sleep(0.01)
+
+    async def acknowledged(self):
+        return self.version
 
     async def start(self):
         await self._act("start")
-        return {"name": self.name, "version": self.version, "pid": os.getpid()}
+        return {"name": self.name, "version": self.version, "pid": os.getpid(), "max_num_seqs": 8}
 
     async def stage(self, ticket, expected, deadline_s):
         await self._act("stage")
@@ -78,20 +82,58 @@ class ScriptedEngine:
         self.version = version
         return {"version": version}
 
-    async def generate_many(self, requests):
-        await self._act("generate")
-        return [[self._rollout(r, r["seed"] + i) for i in range(r["n"])] for r in requests]
+    async def submit(self, requests):
+        for request in requests:
+            self.sampling[request["id"]] = asyncio.ensure_future(self._sample(request))
+
+    async def _sample(self, request):
+        try:
+            await self._act("generate")
+            n, seed = request["n"], request["seed"]
+            outcome = {"completions": [self._rollout(request, seed + i) for i in range(n)]}
+            self.tokens += 3 * n
+        except RequestRefused as error:
+            outcome = {"refused": str(error)}
+        except EngineError as error:
+            outcome = {"failed": str(error)}
+        self.done.append({"id": request["id"]} | outcome)
+        del self.sampling[request["id"]]
+        self.news.set()
+
+    async def poll(self, wait_s):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.news.wait(), wait_s)
+        await self._act("poll")
+        self.news.clear()
+        self.polls += 1
+        self.progress += self.script.get("generate") != "hang"
+        done, self.done = self.done, []
+        return {
+            "done": done,
+            "progress": self.progress,
+            "running": 2 * len(self.sampling),
+            "waiting": 0,
+            "tokens": self.tokens,
+            "idle_s": 0.0,
+            "kv_use": 0.25,
+            "prompt_tokens": 4 * self.polls,
+            "prefix_hits": self.polls,
+        }
+
+    async def cancel(self, ids):
+        for name in ids:
+            if task := self.sampling.pop(name, None):
+                task.cancel()
 
     def _rollout(self, request, seed):
         """Says in its tokens who sampled it, and for whom."""
         tokens = np.array(
             [int(self.name.split("-")[1].split(".")[0]), request["tokens"][0], seed], np.int32
         )
-        versions = np.full(3, request["version"], np.int64)
         return {
             "tokens": tokens,
             "logprobs": np.zeros(3, np.float32),
-            "versions": versions,
+            "versions": np.full(3, self.version, np.int64),
             "finish_reason": "length",
             "seed": seed,
         }
@@ -111,29 +153,49 @@ def pids():
 
 
 @pytest.fixture
-def scripted(ray_cluster, engine_settings, monkeypatch, warnings, pids):
-    """make(engines, script, **settings): a fleet of scripted engines, ready and serving."""
+def made():
+    """The fleets of a test."""
+    return []
+
+
+@pytest.fixture
+def scripted(ray_cluster, monkeypatch, warnings, pids, made):
+    """make(engines, script, **settings): a fleet of scripted engines, up and serving."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
-    fleets = []
 
-    def make(engines, script, max_restarts=0, engine=ScriptedEngine, serving=1, **settings):
-        monkeypatch.setattr(fleet_module, "VllmEngine", engine)
+    def make(engines, script, engine=ScriptedEngine, serving=1, **settings):
+        settings = {"min_engines": engines, "max_engines": engines, "max_restarts": 0} | settings
         model = {"script": json.dumps(script).encode()}
-        settings = FleetSettings(engines=engines, max_restarts=max_restarts, **settings)
-        fleet = Fleet(settings, engine_settings, model, [], warn=warnings.append)
-        fleets.append(fleet)
+        fleet = Fleet(FleetSettings(**settings), None, model, [], warnings.append, engine)
+        made.append(fleet)
         fleet.start()
         pids[:] = [info["pid"] for info in fleet.wait_ready()]
-        if serving is not None:
-            for name in fleet.alive:
-                fleet.admit(name, serving)
+        for name in fleet.members() if serving is not None else []:
+            fleet.admit(name, serving)
         return fleet
 
     yield make
-    for fleet in fleets:
+    for fleet in made:
         fleet.close()
+    for pid in pids:  # none may stay frozen
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def wait_until(true, within_s=60.0):
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "it never was so"
+        time.sleep(0.02)
+
+
+def bring(fleet, version):
+    """What a publisher does, to all that are up."""
+    for name in fleet.members():
+        fleet.commit(name, version, 20.0)
+        fleet.admit(name, version)
 
 
 def assert_each_came_back_once(groups, count, n=2):
@@ -142,60 +204,197 @@ def assert_each_came_back_once(groups, count, n=2):
         assert [r.seed for r in group.rollouts] == [1000 * index + i for i in range(n)]
 
 
+def submit(fleet, count, urgent=False):
+    asked = enumerate(prompts(count))
+    return fleet.submit([Request(prompt, SAMPLING, 1000 * i) for i, prompt in asked], urgent)
+
+
+def results(futures):
+    return [future.result(60) for future in futures]
+
+
 def generate(fleet, count):
     return fleet.generate(prompts(count), SAMPLING, [1000 * i for i in range(count)])
 
 
+def samplers(groups):
+    """The slots of the engines."""
+    return {int(r.tokens[0]) for group in groups for r in group.rollouts}
+
+
 def test_groups_come_back_in_order_and_the_work_is_shared(scripted):
-    groups = generate(scripted(2, {}), 10)
+    fleet = scripted(2, {})
+    groups = generate(fleet, 10)
     assert_each_came_back_once(groups, 10)
     engines = [{int(r.tokens[0]) for r in group.rollouts} for group in groups]
     assert all(len(engine) == 1 for engine in engines)  # siblings together
-    assert sorted(engine.pop() for engine in engines) == [0] * 5 + [1] * 5
+    assert samplers(groups) == {0, 1}
+    assert [group.engine for group in groups] == [f"engine-{min(e)}" for e in engines]
     assert [int(group.rollouts[0].tokens[1]) for group in groups] == list(range(1, 11))
+    assert generate(fleet, 0) == []
+    wait_until(lambda: fleet.status()["fleet/tokens"] == 60)
+    status = fleet.status()
+    assert status["fleet/ready"] == 2 and status["fleet/dead"] == 0
+    assert status["fleet/kv_use"] == 0.25 and status["fleet/queued"] == 0
+    wait_until(lambda: fleet.status()["fleet/prefix_hit_rate"] == 0.25)
 
 
-def test_no_prompts_are_no_groups(scripted):
-    assert generate(scripted(1, {}), 0) == []
-
-
-@pytest.mark.parametrize("deed", ["die", "hang", "error", "dead", "stale"])
-def test_what_a_failing_engine_had_goes_to_the_others(scripted, deed):
-    fleet = scripted(2, {"engine-1": {"generate": deed}}, request_timeout_s=2.0)
-    groups = generate(fleet, 6)
+@pytest.mark.parametrize("deed", ["die", "late", "dead", "frozen", "stuck"])
+def test_what_a_failing_engine_had_goes_to_the_others(scripted, pids, deed):
+    does = {"late": "hang", "frozen": "hang", "stuck": "hang"}.get(deed, deed)
+    script = {"engine-1": {"poll" if deed == "dead" else "generate": does}}
+    limits = {"request_timeout_s": 1.0} if deed == "late" else {"silence_s": 2.0, "suspect_s": 0.8}
+    fleet = scripted(2, script, **limits)
+    futures = submit(fleet, 6)
+    if deed == "frozen":
+        os.kill(pids[1], signal.SIGSTOP)
+        wait_until(lambda: fleet.status()["fleet/suspect"] or fleet.failures)
+    groups = results(futures)
     assert_each_came_back_once(groups, 6)
-    assert {int(r.tokens[0]) for group in groups for r in group.rollouts} == {0}
+    assert samplers(groups) == {0}
     assert fleet.serving == fleet.alive == ["engine-0"]
-    assert "sampling 3 prompts" in fleet.failures["engine-1"]
-    assert_each_came_back_once(generate(fleet, 6), 6)
+    said = {"die": "died", "late": "deadline", "dead": "core gone", "frozen": "not answered"}
+    why = fleet.failures["engine-1"]
+    assert said.get(deed, "no progress") in why and "sampling 3 prompts" in why
+    assert fleet.status()["fleet/requeued"] == 3
+    assert_gone([psutil.Process(pid) for pid in pids[1:] if psutil.pid_exists(pid)])
 
 
 def test_when_none_is_left_the_error_says_why(scripted):
-    script = {"engine-0": {"generate": "die"}, "engine-1": {"generate": "dead"}}
-    fleet = scripted(2, script)
-    with pytest.raises(EnginesGone, match=r"no engine is left.*engine-0 died.*core gone.*logs/"):
-        generate(fleet, 4)
+    script = {"engine-0": {"generate": "die"}, "engine-1": {"poll": "dead"}}
+    fleet = scripted(2, script, serving=None)
+    futures = submit(fleet, 4)
+    for name in ("engine-0", "engine-1"):
+        with contextlib.suppress(EngineLost):  # it is gone already
+            fleet.admit(name, 1)
+    why = r"no engine is left.*engine-0 died.*core gone.*logs/"
+    for future in [*futures, *submit(fleet, 1)]:
+        with pytest.raises(EnginesGone, match=why):
+            future.result(60)
 
 
 def test_a_request_at_fault_costs_no_engine(scripted):
-    fleet = scripted(2, {"engine-0": {"generate": "refuse"}})
-    with pytest.raises(FleetError, match="engine-0: too long"):
+    script = {"engine-0": {"generate": "error"}, "engine-1": {"generate": "refuse"}}
+    fleet = scripted(2, script)
+    with pytest.raises(FleetError, match="engine-1: too long"):
         generate(fleet, 4)
-    assert fleet.serving == ["engine-0", "engine-1"]
+    fleet.withdraw("engine-1")
+    with pytest.raises(FleetError, match=r"prompt 100: .* 3 times.*engine-0: torn.*engine-0: torn"):
+        generate(fleet, 1)
+    assert fleet.alive == ["engine-0", "engine-1"]
+    fleet.remove("engine-1")
+    assert fleet.alive == ["engine-0"] and fleet.replaced == 0
 
 
-def test_a_request_that_crosses_an_update_is_sent_again(scripted):
-    fleet = scripted(1, {"engine-0": {"generate": "stale once"}})
-    found = []
-    sampler = threading.Thread(target=lambda: found.extend(generate(fleet, 2)))
-    sampler.start()
-    time.sleep(0.2)
-    assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
+def test_a_silent_engine_gets_no_requests_until_it_answers(scripted, pids):
+    fleet = scripted(2, {}, suspect_s=0.8)
+    os.kill(pids[1], signal.SIGSTOP)
+    wait_until(lambda: fleet.status()["fleet/suspect"] == 1)
+    assert fleet.serving == ["engine-0"]
+    assert samplers(generate(fleet, 12)) == {0}
+    os.kill(pids[1], signal.SIGCONT)
+    wait_until(lambda: fleet.serving == ["engine-0", "engine-1"])
+    assert samplers(generate(fleet, 12)) == {0, 1} and fleet.failures == {}
+
+
+def test_a_killed_engine_loses_nothing_of_a_flood(scripted, pids):
+    fleet = scripted(3, {}, max_restarts=1)
+    futures = submit(fleet, 200)
+    futures[20].result(60)
+    os.kill(pids[2], signal.SIGKILL)
+    assert_each_came_back_once(results(futures), 200)
+    assert fleet.wait_members() == ["engine-2.1"] and fleet.failures.keys() == {"engine-2"}
+
+
+def test_what_unproven_weights_sampled_is_withheld(scripted):
+    script = {"engine-0": {"generate": "until commit"}}
+    fleet = scripted(2, script, max_restarts=1)
+    fleet.withdraw("engine-1")
+    kept, again = submit(fleet, 1), fleet.submit([Request(prompts(1)[0], SAMPLING, 0)])
+    fleet.commit("engine-0", 2, 20.0)
+    wait_until(lambda: fleet.status()["fleet/tokens"] == 12)  # in the answer that had them
+    assert not kept[0].done() and not again[0].done()
     fleet.admit("engine-0", 2)
-    sampler.join(20)
-    assert_each_came_back_once(found, 2)
-    assert {int(v) for group in found for r in group.rollouts for v in r.versions} == {2}
+    assert {int(v) for r in kept[0].result(20).rollouts for v in r.versions} == {2}
+    assert samplers([again[0].result(20)]) == {0}
+    more = submit(fleet, 1)
+    fleet.commit("engine-0", 3, 20.0)
+    wait_until(lambda: fleet.status()["fleet/tokens"] == 18)
+    fleet.commit("engine-1", 2, 20.0)
+    fleet.admit("engine-1", 2)
+    assert not more[0].done()
+    fleet.quarantine("engine-0", "its weights are not what was sent")
+    assert_each_came_back_once(results(more), 1)
+    assert more[0].result().engine == "engine-1" and fleet.status()["fleet/requeued"] == 1
+
+
+def test_only_the_engine_that_loads_gets_no_requests(scripted):
+    fleet = scripted(2, {})
+    fleet.commit("engine-1", 2, 20.0)
+    assert fleet.serving == ["engine-0"] and samplers(generate(fleet, 12)) == {0}
+    assert fleet.status()["fleet/loading"] == 1
+    fleet.admit("engine-1", 2)
+    assert samplers(generate(fleet, 12)) == {0, 1}
+    fleet.withdraw("engine-0")
+    groups = generate(fleet, 12)
+    assert samplers(groups) == {1}
+    assert {int(v) for group in groups for r in group.rollouts for v in r.versions} == {2}
+    fleet.admit("engine-0", 1)  # and yet no request that came later is sampled by older weights
+    assert samplers(generate(fleet, 12)) == {1}
+
+
+def test_what_nobody_waits_for_is_not_sampled(scripted):
+    fleet = scripted(1, {"engine-0": {"generate": "until commit"}})
+    under_way, queued = submit(fleet, 10), submit(fleet, 10)
+    wait_until(lambda: fleet.status()["fleet/running"] >= 8)
+    assert fleet.status()["fleet/queued"] >= 10
+    for future in under_way + queued[1:]:
+        assert future.cancel()
+    urgent = submit(fleet, 1, urgent=True)
+    wait_until(lambda: fleet.status()["fleet/running"] == 4)  # those two are all there is
+    bring(fleet, 2)
+    results(urgent + queued[:1])
+    wait_until(lambda: fleet.status()["fleet/running"] == 0)
+    assert fleet.status()["fleet/tokens"] == 12
+
+
+def test_requests_wait_for_engines_and_not_for_ever(scripted):
+    fleet = scripted(1, {"engine-0": {"generate": "die"}}, max_restarts=1, start_timeout_s=8.0)
+    told = []
+    fleet.newcomers = lambda name: (told.append(name), fleet.admit(name, 1))
+    assert_each_came_back_once(results(submit(fleet, 3)), 3)  # by the one in its place
+    assert told == ["engine-0.1"] and fleet.serving == ["engine-0.1"]
+    fleet.withdraw("engine-0.1")
+    with pytest.raises(EnginesGone, match=r"for 8 s no engine was admitted: engine-0 died"):
+        submit(fleet, 1)[0].result(60)
+
+
+def test_a_fleet_too_small_for_too_long_is_gone(scripted):
+    fleet = scripted(2, {"engine-1": {"commit": "die"}}, start_timeout_s=8.0)
+    lose(fleet, "engine-1")
+    fleet.commit("engine-0", 2, 20.0)  # and nobody admits it
+    with pytest.raises(EnginesGone, match=r"1 engines were up, fewer than 2: engine-1 died"):
+        submit(fleet, 1)[0].result(60)
+    fleet.add()
+    assert fleet.wait_members() == ["engine-2"]
+    bring(fleet, 2)
+    assert_each_came_back_once(generate(fleet, 2), 2)
+
+
+def test_an_engine_without_room_is_waited_for_and_not_late(scripted, made):
+    """One that Ray has no CPUs for beside the first."""
+    room = ray.cluster_resources()["CPU"] * 0.6
+    fleet = scripted(1, {}, max_engines=2, cpus_per_engine=room)
+    assert fleet.status()["fleet/starting"] == 1 and fleet.alive == ["engine-0", "engine-1"]
+    assert_each_came_back_once(generate(fleet, 4), 4)
+    fleet.close()
+    with pytest.raises(FleetError, match=r"engine-1 has no process after 8 s.* CPUs and 0 GPUs"):
+        scripted(2, {}, cpus_per_engine=room, start_timeout_s=8.0)
+    fleet = made[-1]
+    time.sleep(1)  # nobody ended it for that
     assert fleet.failures == {}
+    fleet.remove("engine-0")
+    assert fleet.wait_members() == ["engine-1"]
 
 
 def test_an_engine_that_refuses_a_version_serves_on(scripted):
@@ -208,17 +407,17 @@ def test_an_engine_that_refuses_a_version_serves_on(scripted):
 
 
 def test_an_engine_without_the_version_cannot_be_admitted(scripted):
-    fleet = scripted(2, {"engine-1": {"commit": "error"}}, request_timeout_s=1.0)
-    assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
-    with pytest.raises(FleetError, match="none was admitted within 1 s"):
-        generate(fleet, 1)
+    fleet = scripted(2, {"engine-1": {"commit": "error"}})
     with pytest.raises(EngineFailed):
         fleet.commit("engine-1", 2, 20.0)
+    assert fleet.commit("engine-0", 2, 20.0) == {"version": 2}
     assert (fleet.holds("engine-0"), fleet.holds("engine-1")) == (2, 1)
     with pytest.raises(FleetError, match="engine-1 cannot be admitted at weight version 2"):
         fleet.admit("engine-1", 2)
+    with pytest.raises(FleetError, match=r"engine-7 is not one of .*engine-0"):
+        fleet.admit("engine-7", 2)
     fleet.admit("engine-0", 2)
-    assert {int(r.tokens[0]) for g in generate(fleet, 4) for r in g.rollouts} == {0}
+    assert samplers(generate(fleet, 4)) == {0}
 
 
 @pytest.mark.parametrize("deed", ["hang", "die", "dead"])
@@ -268,16 +467,6 @@ def test_a_lost_engine_is_replaced_as_often_as_it_may_be(scripted, warnings):
     assert fleet.wait_members() == [] and fleet.replaced == 2
 
 
-def test_an_engine_lost_while_it_samples_is_replaced_and_its_work_done(scripted):
-    fleet = scripted(2, {"engine-1": {"generate": "die"}}, max_restarts=1)
-    assert_each_came_back_once(generate(fleet, 6), 6)
-    assert fleet.wait_members() == ["engine-1.1"] and fleet.serving == ["engine-0"]
-    for name in fleet.members():
-        fleet.commit(name, 2, 20.0)
-        fleet.admit(name, 2)
-    assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1}
-
-
 @pytest.mark.parametrize("deed", ["hang", "error"])
 def test_a_replacement_that_does_not_start_is_replaced_too(scripted, deed):
     script = {"engine-0": {"commit": "dead"}, "engine-0.1": {"start": deed}}
@@ -305,28 +494,14 @@ def test_a_second_quarantine_in_one_place_is_final(scripted, warnings):
     assert fleet.alive == ["engine-0.2"]  # it died, and held nothing wrong
 
 
-def test_engines_are_added_while_others_serve(scripted):
-    fleet = scripted(1, {})
-    fleet.add(2)
-    deadline = time.monotonic() + 60
-    while len(fleet.members()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert fleet.members() == ["engine-0", "engine-1", "engine-2"]
-    assert fleet.serving == ["engine-0"]
-    assert_each_came_back_once(generate(fleet, 4), 4)
-    for name in fleet.members():
-        fleet.admit(name, 1)
-    assert {int(r.tokens[0]) for g in generate(fleet, 6) for r in g.rollouts} == {0, 1, 2}
-    assert fleet.replaced == 0
-
-
 @pytest.mark.parametrize(
     ("deed", "reason"),
     [("die", "died"), ("hang", "deadline"), ("dead", "core gone"), ("error", "torn")],
 )
 def test_an_engine_that_does_not_start_is_named(scripted, warnings, deed, reason):
     with pytest.raises(FleetError, match=f"engine-1.*{reason}") as failure:
-        scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=8.0, max_restarts=3)
+        timeout_s = 10.0 if deed == "hang" else 60.0
+        scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=timeout_s, max_restarts=3)
     assert "engine-0" not in str(failure.value) and not warnings  # nothing is tried again
 
 
@@ -413,7 +588,7 @@ def assert_gone(processes, within_s=10.0):
 def real(ray_cluster, tiny, engine_settings):
     """Two vLLM engines that serve `tiny` as version 3, and what they say of themselves."""
     pytest.importorskip("vllm")
-    settings = FleetSettings(engines=2, max_restarts=0)
+    settings = FleetSettings(min_engines=2, max_engines=2, max_restarts=0)
     fleet = Fleet(settings, engine_settings, tiny.files(), tiny.expected())
     fleet.start()
     infos = fleet.wait_ready()
@@ -468,7 +643,7 @@ def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engi
     pytest.importorskip("vllm")
     config = json.loads(tiny.files()["config.json"]) | {"architectures": ["NoSuchModel"]}
     files = {"config.json": json.dumps(config).encode()}
-    fleet = Fleet(FleetSettings(engines=1), engine_settings, files, [])
+    fleet = Fleet(FleetSettings(), engine_settings, files, [])
     fleet.start()
     try:
         with pytest.raises(FleetError, match=r"engine-0 .*could not start.*NoSuchModel") as refusal:
@@ -476,22 +651,3 @@ def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engi
     finally:
         fleet.close()
     assert "\n" not in str(refusal.value)
-
-
-def test_begin_returns_at_once_and_its_wait_gives_what_generate_gives(monkeypatch):
-    fleet, go_on = Fleet(FleetSettings(), None, "", []), threading.Event()
-    outcomes = iter([["group"], FleetError("no engine is left")])
-
-    def generate(*asked):
-        assert asked == ("prompts", "sampling", "seeds") and go_on.wait(20)
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(fleet, "generate", generate)
-    wait = fleet.begin("prompts", "sampling", "seeds")
-    go_on.set()
-    assert wait() == ["group"]
-    with pytest.raises(FleetError, match="no engine is left"):
-        fleet.begin("prompts", "sampling", "seeds")()

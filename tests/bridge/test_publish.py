@@ -55,7 +55,7 @@ def random_params(decoder, specs, seed):
 
 def ready(settings, model, expected) -> Fleet:
     fleet = Fleet(
-        FleetSettings(engines=1, cpus_per_engine=1, gpus_per_engine=0, start_timeout_s=240),
+        FleetSettings(cpus_per_engine=1, gpus_per_engine=0, start_timeout_s=240),
         settings,
         model,
         expected,

@@ -1,100 +1,167 @@
-"""Who gets work: shared out by load, gated by version, held back while weights change."""
-
-import threading
-import time
+"""The states of an engine: who gets work, who is late, and whose results are to be believed."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bridge.roster import Engine, FleetError, Roster
-from jaxrl.types import EnginesGone
+from bridge.roster import NEXT, Engine, EngineState, FleetError, Roster
 
-
-@pytest.fixture
-def roster():
-    roster = Roster()
-    for slot, name in enumerate("abc"):
-        roster.add(Engine(name, actor=None, started=None, slot=slot))
-        roster.acknowledge(name, 1)
-    roster.admit("abc", 1)
-    return roster
+INFO = {"version": None, "max_num_seqs": 8}
+LIMITS = {"suspect_s": 2.0, "silence_s": 60.0}
 
 
-def test_work_goes_to_whoever_has_least(roster):
-    version, shares = roster.assign([4] * 7, timeout_s=1)
-    assert version == 1
-    assert sorted(len(share) for share in shares.values()) == [2, 2, 3]
-    assert sorted(index for share in shares.values() for index in share) == list(range(7))
-    busy = max(shares, key=lambda name: len(shares[name]))
-    _, more = roster.assign([4, 4], timeout_s=1)
-    assert busy not in more
+def said(progress):
+    return {"progress": progress}
 
 
-def test_released_work_no_longer_counts(roster):
-    roster.assign([10, 1, 1], timeout_s=1)
-    (busy,) = {"a", "b", "c"} - roster.assign([1, 1], timeout_s=1)[1].keys()
-    roster.release(busy, 10)
-    assert list(roster.assign([1], timeout_s=1)[1]) == [busy]
+def engine(name="a", slot=0, version=1):
+    """One that serves `version`."""
+    made = Engine(name, slot)
+    made.is_up(INFO, now=0.0)
+    made.begins_commit(version)
+    made.ends_commit(version, now=0.0)
+    made.admit(version)
+    return made
 
 
-@pytest.mark.parametrize("state", ["failed", "quarantined"])
-def test_an_engine_that_ended_gets_nothing(roster, state):
-    roster.end("b", "b died", state)
-    assert roster.alive == roster.serving == ["a", "c"]
-    assert roster.assign([1] * 4, timeout_s=1)[1].keys() == {"a", "c"}
-    with pytest.raises(FleetError, match=rf"b cannot be admitted .* {state} .* b died"):
-        roster.admit("ab", 1)
-    assert roster.failures == {"b": "b died"} and roster.ready == ["a", "c"]
+def test_an_engine_serves_once_it_has_proved_a_version():
+    roster, new = Roster(), Engine("a")
+    roster.add(new)
+    assert roster.starting == [new] and not roster.up
+    new.is_up(INFO, now=1.0)
+    assert new.state == "loading" and roster.up == [new] and not new.serves
+    with pytest.raises(FleetError, match=r"a cannot be admitted .* 1: it is loading .* None"):
+        new.admit(1)
+    new.begins_commit(1)
+    new.ends_commit(1, now=2.0)
+    assert roster.serving() == {} and not new.serves
+    new.admit(1)
+    assert roster.serving() == {"a": 1} and new.serves
+
+
+@pytest.mark.parametrize("state", [EngineState.DEAD, EngineState.QUARANTINED])
+def test_no_way_leads_back_from_the_end(state):
+    roster, a, b = Roster(), engine("a"), engine("b", slot=1)
+    for one in (a, b):
+        roster.add(one)
+    a.advance(state)
+    a.reason = "a died"
+    assert roster.serving() == {"b": 1} and roster.failures == {"a": "a died"}
+    with pytest.raises(FleetError, match=rf"a cannot be admitted .* {state} .* a died"):
+        a.admit(1)
+    a.answered(said(9), now=5.0, busy=False)
+    a.withdraw()
+    a.ends_commit(2, now=6.0)
+    assert a.state is state and a.trouble(1000.0, True, **LIMITS) == "" and not NEXT[state]
+    roster.add(Engine("a.1", 0))
+    assert (roster.replaced, roster.slots) == (1, 2)
     assert roster.quarantined == (state == "quarantined")
 
 
-def test_whoever_asks_waits_for_one_that_starts_in_the_place_of_the_last(roster):
-    roster.suspend()
-    roster.add(Engine("d", actor=None, started=None))
-    for name in "abc":
-        roster.end(name, f"{name} died")
-    assert roster.alive == ["d"] and roster.ready == []
-    with pytest.raises(FleetError, match="none was admitted within"):
-        roster.assign([1], timeout_s=0.05)
-    roster.acknowledge("d", 2)
-    roster.admit("d", 2)
-    assert roster.assign([1], timeout_s=1) == (2, {"d": [0]})
-
-
 @pytest.mark.parametrize("version", [0, 2])
-def test_only_engines_with_exactly_the_version_are_admitted(roster, version):
+def test_only_the_version_that_was_acknowledged_is_admitted(version):
+    one = engine(version=1)
     with pytest.raises(FleetError, match=f"weight version {version}: .*acknowledged 1"):
-        roster.admit("a", version)
-    assert roster.assign([1], timeout_s=1)[0] == 1 and roster.serving == ["a", "b", "c"]
+        one.admit(version)
+    assert one.state == "ready" and one.admitted_at == 1
 
 
-def test_an_engine_that_is_not_there_cannot_be_admitted(roster):
-    with pytest.raises(FleetError, match="d is not one of"):
-        roster.admit("ad", 1)
+def test_silence_makes_suspect_and_then_ends():
+    one = engine()
+    one.answered(said(1), now=10.0, busy=True)
+    assert one.trouble(12.0, True, **LIMITS) == "" and one.state == "ready"
+    assert one.trouble(12.1, True, **LIMITS) == "" and one.state == "suspect"
+    one.answered(said(2), now=13.0, busy=True)
+    assert one.state == "ready" and one.trouble(14.9, True, **LIMITS) == ""
+    assert one.trouble(73.0, True, **LIMITS) == ""
+    assert "has not answered for 60 s" in one.trouble(73.1, True, **LIMITS)
 
 
-def test_those_who_ask_during_an_update_wait_and_get_the_new_version(roster):
-    roster.suspend()
-    found = []
-    asker = threading.Thread(target=lambda: found.append(roster.assign([1], timeout_s=10)))
-    asker.start()
-    time.sleep(0.1)
-    assert not found
-    roster.acknowledge("b", 2)
-    roster.admit("b", 2)
-    asker.join(5)
-    assert found == [(2, {"b": [0]})]
+def test_an_engine_that_answers_must_also_get_on_if_it_has_something_to_do():
+    one = engine()
+    for now in range(100):
+        one.answered(said(5), now=float(now), busy=now < 30)
+    assert one.trouble(100.0, False, **LIMITS) == ""
+    for now in range(100, 200):
+        one.answered(said(5 + (now < 130)), now=float(now), busy=True)
+        if now == 160:
+            assert one.trouble(160.0, True, **LIMITS) == ""
+    assert "no progress for 60 s" in one.trouble(200.0, True, **LIMITS)
 
 
-def test_an_update_that_is_never_admitted_ends_the_wait(roster):
-    roster.suspend()
-    with pytest.raises(FleetError, match=r"none was admitted within 0.1 s"):
-        roster.assign([1], timeout_s=0.1)
+def test_while_weights_are_loaded_nobody_expects_an_answer():
+    one = engine()
+    one.answered(said(1), now=10.0, busy=True)
+    one.begins_commit(2)
+    assert one.trouble(500.0, True, **LIMITS) == "" and one.state == "loading"
+    one.ends_commit(2, now=500.0)
+    assert one.trouble(559.0, True, **LIMITS) == "" and one.state == "loading"
+    assert "not answered" in one.trouble(561.0, True, **LIMITS)  # nobody asked it to be silent
 
 
-def test_when_the_last_engine_fails_nobody_waits(roster):
-    roster.suspend()
-    started = time.monotonic()
-    threading.Timer(0.1, lambda: [roster.end(name, f"{name} died") for name in "abc"]).start()
-    with pytest.raises(EnginesGone, match=r"no engine is left .* a died; b died; c died.*logs/"):
-        roster.assign([1], timeout_s=30)
-    assert time.monotonic() - started < 5
+def test_what_weights_sampled_is_believed_when_they_are_proven():
+    one = engine(version=1)
+    assert one.proves({1}) is True and one.proves({2}) is False and one.proves(set()) is True
+    one.begins_commit(2)  # from here on it may sample with them
+    assert one.proves({1, 2}) is None and one.proves({1}) is True
+    one.ends_commit(2, now=1.0)
+    one.withdraw()
+    assert one.proves({1, 2}) is False and one.proves({1}) is True
+    one.begins_commit(3)
+    one.ends_commit(3, now=2.0)
+    assert one.proves({2, 3}) is False  # 2 never will be
+    one.admit(3)
+    assert one.proves({1, 3}) is True and one.proves({2, 3}) is False
+
+
+def test_the_oldest_version_served_is_that_of_the_slowest_that_will_serve():
+    roster, a, b = Roster(), engine("a", 0, version=1), engine("b", 1, version=1)
+    assert roster.oldest_served() is None
+    for one in (a, b, Engine("c", 2)):
+        roster.add(one)
+    a.begins_commit(2)
+    a.ends_commit(2, now=1.0)
+    a.admit(2)
+    b.begins_commit(2)
+    assert roster.oldest_served() == 1 and b.serves
+    b.withdraw()
+    assert roster.oldest_served() == 2 and not b.serves
+
+
+@given(st.lists(st.sampled_from(["up", "commit", "admit", "withdraw", "answer", "look", "end"])))
+@settings(max_examples=100, deadline=None)
+def test_only_an_admitted_engine_ever_gets_requests(events):
+    """And what it then holds is what it was admitted at."""
+    roster, one, now, admitted, version = Roster(), Engine("a"), 0.0, None, 0
+    roster.add(one)
+    for event in events:
+        now += 1.5
+        match event:
+            case "up" if one.state == "starting":
+                one.is_up(INFO, now)
+            case "commit" if one.up:
+                version += 1
+                one.begins_commit(version)
+                assert roster.serving() == {}
+                one.ends_commit(version if version % 3 else None, now)
+                admitted = None
+            case "admit":
+                try:
+                    one.admit(version)
+                    admitted = version
+                except FleetError:
+                    assert one.ended or one.version != version or not one.up
+            case "withdraw":
+                one.withdraw()
+                admitted = None
+            case "answer" if one.up:
+                one.answered(said(now), now, busy=False)
+            case "look":
+                one.trouble(now, False, **LIMITS)
+            case "end" if not one.ended:
+                one.advance(EngineState.DEAD)
+                admitted = None
+        if one.state == "ready":
+            assert roster.serving() == {"a": admitted} and admitted is not None
+        else:
+            assert roster.serving() == {}

@@ -172,7 +172,7 @@ def bench_sampler() -> None:
         kv_cache_bytes=64 << 20,
         enforce_eager=True,
     )
-    fleet = Fleet(FleetSettings(engines=1), settings, engine_files(DEMO_DIR), expected)
+    fleet = Fleet(FleetSettings(), settings, engine_files(DEMO_DIR), expected)
     fleet.start()
     try:
         import jax
