@@ -1,29 +1,45 @@
-"""What the loop needs of the engines, and the seeds that make their samples repeatable."""
+"""Keeps the engines at work, and hands the trainer groups that are no staler than it allows.
 
-from collections.abc import Callable, Sequence
+Versions count steps: what is trained at version v is followed by v + 1. A group that is asked for
+while engines serve u has the deadline u + max_lag, the last version that may be trained with it.
+"""
+
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from jaxrl.types import Group, Prompt, PublishReport, Request, Rollout, Sampling
+from jaxrl.config import Config
+from jaxrl.ledger import Ledger
+from jaxrl.types import Group, Prompt, PublishReport, Request, Rollout, RunError, Sampling
 
-Publish = Callable[[Any, int], PublishReport]  # (params, version)
+T = TypeVar("T")
+_NAMED = 8  # prompts, in a message
+
+
+class Publish(Protocol):
+    """Brings a version of the weights to the engines."""
+
+    def __call__(self, params: Any, version: int) -> "Published":
+        """Returns once `params` may change. Each engine serves the version from when it has it."""
+        ...
+
+
+class Published(Protocol):
+    """What a publish returns."""
+
+    def __call__(self) -> PublishReport:
+        """Waits until all engines that serve have the version; raises RunError if none has."""
+        ...
 
 
 class Engines(Protocol):
     """Whatever samples completions: `sampler.InProcessEngine`, `bridge.fleet.Fleet`."""
-
-    def begin(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> Callable[[], list[Group]]:
-        """Starts to sample `sampling.n` rollouts of each prompt, every token by the newest
-        published weights. Sample i of prompt p is drawn with seed `seeds[p] + i`.
-
-        Returns at once; what it returns waits for the groups, which are in the order of `prompts`,
-        or raises EnginesGone. Nothing is published meanwhile.
-        """
-        ...
 
     def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
         """Samples each request as soon as there is room for it; returns at once.
@@ -38,7 +54,18 @@ class Engines(Protocol):
         """
         ...
 
+    def status(self) -> dict[str, float]:
+        """How they do, as metrics by name."""
+        ...
+
     def close(self) -> None: ...
+
+
+class Prompts(Protocol):
+    """Where prompts come from; `data.PromptStream` is the real one."""
+
+    def take(self, count: int) -> list[Prompt]: ...
+    def at(self, index: int) -> Prompt: ...
 
 
 def seeds_for(run_seed: int, prompts: Sequence[Prompt]) -> list[int]:
@@ -47,6 +74,16 @@ def seeds_for(run_seed: int, prompts: Sequence[Prompt]) -> list[int]:
     return [
         int(np.random.SeedSequence([run_seed, prompt.id]).generate_state(1)[0] >> 1)
         for prompt in prompts
+    ]
+
+
+def requests_for(
+    run_seed: int, prompts: Sequence[Prompt], sampling: Sampling, straggler_s: float | None = None
+) -> list[Request]:
+    seeds = seeds_for(run_seed, prompts)
+    return [
+        Request(prompt, sampling, seed, straggler_s)
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 
 
@@ -63,3 +100,251 @@ def lag(groups: Sequence[Group], trained_version: int) -> int:
             f"a token carries weight version {versions.max()}, newer than {trained_version}"
         )
     return trained_version - int(versions.min())
+
+
+def slack(deadlines: Mapping[int, int], trained: int, per_step: int, since: int) -> int:
+    """How many groups more, with a deadline of `since` or later, can be trained in time; if it is
+    negative, so many cannot that are there.
+
+    Steps train `per_step` groups each, at versions `trained`, `trained` + 1, ...: until any version
+    no more may be due than are trained until then.
+
+    Args:
+      deadlines: of the groups that are there: deadline -> groups.
+    """
+    return min(
+        max(0, end - trained + 1) * per_step
+        - sum(count for deadline, count in deadlines.items() if deadline <= end)
+        for end in range(since, max([since, *deadlines]) + 1)
+    )
+
+
+@dataclass(eq=False)
+class Pending:
+    """A group that was asked for and is not trained yet."""
+
+    prompt: Prompt
+    deadline: int  # the last version that may be trained with it
+    future: Future[Group]
+    group: Group | None = None  # once it is finished
+
+
+class Collector:
+    """Asks for as many groups as can be trained in time, and hands over those of each step.
+
+    One thread, the caller's: what ends elsewhere only puts itself into the queue of this one.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        stream: Prompts,
+        ledger: Ledger,
+        sampling: Sampling,
+        c: Config,
+        version: int,
+        steps: int,
+    ) -> None:
+        """Nothing is asked for before `serve`; what the ledger says is in flight goes first then.
+
+        Args:
+          version: that the next step trains.
+          steps: that are left.
+        """
+        self._engines, self._stream, self._ledger = engines, stream, ledger
+        self._sampling, self._seed = sampling, c.run.seed
+        self._per_step, self._max_lag = c.rollout.prompts_per_step, c.max_lag
+        self._too_old, self._straggler_s = c.rollout.too_old, c.rollout.straggler_s
+        self._timeout_s = c.rollout.timeout_s
+        self._beyond_a_step = c.rollout.mode == "continuous"
+        self._next, self._steps = version, steps
+        self._serving: int | None = None
+        self._coming: tuple[int, Future[Any]] | None = None  # version; done when engines serve it
+        self._again = deque(stream.at(index) for index in ledger.outstanding)
+        self._drawn: deque[Prompt] = deque()
+        self._pending: dict[int, Pending] = {}  # by prompt, in the order they were asked for
+        self._under_way: dict[Future[Group], Pending] = {}
+        self._events: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._heard = time.monotonic()
+
+    def serve(self, version: int, published: Future[Any]) -> None:
+        """Engines serve `version` from when `published` is done; asks for what then can be."""
+        self._coming = (version, published)
+        published.add_done_callback(self._events.put)
+        if published.done() and published.exception() is None:
+            self._fill()
+
+    def take(self, version: int) -> list[Group]:
+        """Waits for the groups of the step that trains `version`: finished ones, those with the
+        earliest deadlines first, then in the order they were asked for.
+
+        What cannot be trained in time after this step is waited for, dropped or sampled again, as
+        rollout.too_old has it.
+
+        Raises:
+          RunError: no group ended in rollout.timeout_s, or engines break their promises.
+          EnginesGone: see `Engines.submit`.
+        """
+        self._next = version
+        self._fill()
+        while (chosen := self._chosen()) is None:
+            if not self._under_way and self._coming is None:
+                raise RunError(f"version {version} lacks groups, and none is under way: a bug")
+            self._hear()
+        groups = [self._pending.pop(pending.prompt.id).group for pending in chosen]
+        groups = [group for group in groups if group is not None]
+        if (found := lag(groups, version)) > self._max_lag:
+            raise RunError(f"{self._stale(version - found)}: a bug")
+        self._next, self._steps = version + 1, self._steps - 1
+        self._give_up_late()
+        self._fill()
+        return groups
+
+    def ask(self, requests: Sequence[Request]) -> list[Group]:
+        """Has these sampled ahead of everything else, and waits for them. Raises as `take`."""
+        futures = [
+            self._watch(Pending(request.prompt, self._next, future)).future
+            for request, future in zip(
+                requests, self._engines.submit(requests, urgent=True), strict=True
+            )
+        ]
+        return [self.until(future) for future in futures]
+
+    def until(self, future: Future[T]) -> T:
+        """The result of `future`; meanwhile the engines are kept at work. Raises as `take`, and
+        what `future` does."""
+        future.add_done_callback(self._events.put)
+        while not future.done() or future in self._under_way:
+            self._hear()
+        self._fill()
+        return future.result()
+
+    def finish(self) -> None:
+        """Waits until nothing is under way. Raises as `take`."""
+        while self._under_way:
+            self._hear()
+
+    def prepare(self) -> None:
+        """Draws the prompts of a step ahead, while there is time for it."""
+        if self._steps:
+            self._draw(self._per_step)
+
+    def check(self) -> None:
+        """Raises LedgerError unless the ledger and this one know of the same samples."""
+        self._ledger.check([*self._pending, *(prompt.id for prompt in self._again)])
+
+    def metrics(self) -> dict[str, int]:
+        finished = sum(pending.future.done() for pending in self._pending.values())
+        return {
+            "rollout/in_flight": len(self._pending) - finished,
+            "rollout/finished_waiting": finished,
+        }
+
+    def _chosen(self) -> list[Pending] | None:
+        finished = [pending for pending in self._pending.values() if pending.group is not None]
+        if len(finished) < self._per_step:
+            return None
+        chosen = sorted(finished, key=lambda pending: pending.deadline)[: self._per_step]
+        if self._too_old == "wait":
+            rest = _deadlines(self._pending.values()) - _deadlines(chosen)
+            if rest and slack(rest, self._next + 1, self._per_step, min(rest)) < 0:
+                return None
+        return chosen
+
+    def _hear(self) -> None:
+        """Waits for the next thing that ends, and sees to it."""
+        left = None  # what else is waited for has a deadline of its own
+        if self._under_way:
+            left = max(0.0, self._heard + self._timeout_s - time.monotonic())
+        try:
+            ended = self._events.get(timeout=left)
+        except queue.Empty:
+            named = ", ".join(str(p.prompt.id) for p in list(self._under_way.values())[:_NAMED])
+            raise RunError(
+                f"no group was finished in {self._timeout_s:g} s (rollout.timeout_s) while "
+                f"{len(self._under_way)} are under way, prompts {named}, ...: the engines hang, or "
+                "need longer for one than that"
+            ) from None
+        pending = self._under_way.pop(ended, None)
+        if pending is not None:
+            self._heard = time.monotonic()
+            pending.group = ended.result()
+            if self._pending.get(pending.prompt.id) is pending:
+                pending.deadline = self._next - lag([pending.group], self._next) + self._max_lag
+                self._give_up_late()
+        self._fill()
+
+    def _fill(self) -> None:
+        """Asks for as many groups as can be trained in time."""
+        if self._coming is not None and self._coming[1].done():
+            (version, published), self._coming = self._coming, None
+            published.result()
+            self._serving = version
+        if self._serving is None:
+            return
+        deadline = self._serving + self._max_lag
+        in_time = slack(_deadlines(self._pending.values()), self._next, self._per_step, deadline)
+        steps = self._steps if self._beyond_a_step else min(self._steps, 1)
+        count = min(in_time, steps * self._per_step - len(self._pending))
+        if count <= 0:
+            return
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        self._draw(count - len(again))
+        new = [self._drawn.popleft() for _ in range(count - len(again))]
+        self._ledger.again([prompt.id for prompt in again], self._serving)
+        self._ledger.dispatch([prompt.id for prompt in new], self._sampling.n, self._serving)
+        requests = requests_for(self._seed, again + new, self._sampling, self._straggler_s)
+        for request, future in zip(requests, self._engines.submit(requests), strict=True):
+            pending = self._watch(Pending(request.prompt, deadline, future))
+            self._pending[request.prompt.id] = pending
+
+    def _watch(self, pending: Pending) -> Pending:
+        if not self._under_way:
+            self._heard = time.monotonic()
+        self._under_way[pending.future] = pending
+        pending.future.add_done_callback(self._events.put)
+        return pending
+
+    def _draw(self, count: int) -> None:
+        """Has at least `count` prompts ready."""
+        if count > len(self._drawn):
+            self._drawn.extend(self._stream.take(count - len(self._drawn)))
+
+    def _give_up_late(self) -> None:
+        late = self._late()
+        if late and self._too_old == "wait":
+            raise RunError(self._stale(min(pending.deadline for pending in late) - self._max_lag))
+        for pending in late:
+            del self._pending[pending.prompt.id]
+            if self._under_way.pop(pending.future, None) is not None:
+                pending.future.cancel()
+        if self._too_old == "resample":
+            self._again.extend(pending.prompt for pending in late)
+        else:
+            self._ledger.drop([pending.prompt.id for pending in late], "too_old")
+
+    def _late(self) -> list[Pending]:
+        """The fewest without which all others can be trained in time; finished ones, and those
+        that were asked for first, stay before others."""
+        due = _deadlines(self._pending.values())
+        if not due or slack(due, self._next, self._per_step, min(due)) >= 0:
+            return []
+        kept: Counter[int] = Counter()
+        late = []
+        for pending in sorted(self._pending.values(), key=lambda p: p.group is None):
+            kept[pending.deadline] += 1
+            if slack(kept, self._next, self._per_step, min(kept)) < 0:
+                kept[pending.deadline] -= 1
+                late.append(pending)
+        return late
+
+    def _stale(self, oldest: int) -> str:
+        return (
+            f"version {self._next}: an engine returned tokens sampled {self._next - oldest} weight "
+            "versions ago, older than it was asked for, where rollout.max_lag = "
+            f"{self._max_lag} is allowed; nothing of this step was trained on"
+        )
+
+
+def _deadlines(pending: Any) -> Counter[int]:
+    return Counter(p.deadline for p in pending)

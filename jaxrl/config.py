@@ -117,13 +117,52 @@ class RolloutSection(Section):
     top_p: float = knob(1.0, "nucleus sampling; only 1.0 (off) for now", gt=0.0, le=1.0)
     top_k: int = knob(0, "top-k sampling; only 0 (off) for now", ge=0)
     min_p: float = knob(0.0, "min-p sampling; only 0.0 (off) for now", ge=0.0, le=1.0)
+    mode: Literal["synchronous", "overlap", "continuous"] = knob(
+        "synchronous",
+        "synchronous: a step is sampled, trained and published, one after the other; overlap: the "
+        "next step is sampled while one is trained; continuous: sampling never stops, and new "
+        "weights enter the engines under way",
+    )
+    max_lag: int | None = knob(
+        None,
+        "versions between the weights that are trained and those that sampled a completion's "
+        "oldest token; nothing older is trained on. default: by mode, 0, 1 and 1",
+        unit="versions",
+        ge=0,
+    )
+    too_old: Literal["wait", "drop", "resample"] = knob(
+        "wait",
+        "what is done about completions that would be older than max_lag; wait: a step waits for "
+        "them, so that there are none; drop: they are cancelled; resample: they are cancelled and "
+        "sampled again, by newer weights",
+    )
+    straggler_s: float | None = knob(
+        None,
+        "that a group waits for its other completions once half of them are there; then it goes "
+        "without. default: it waits for all",
+        unit="seconds",
+        gt=0.0,
+    )
     timeout_s: float = knob(
-        600.0, "deadline for the completions of one step", unit="seconds", gt=0.0
+        600.0,
+        "deadline for one group to be finished while some are sampled",
+        unit="seconds",
+        gt=0.0,
     )
 
 
+class EngineRange(Section):
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
 class VllmSection(Section):
-    engines: int = knob(1, "vLLM engines, each one Ray actor", unit="engines", ge=1)
+    engines: Annotated[int, Field(ge=1)] | EngineRange = knob(
+        1,
+        "vLLM engines, each one Ray actor; {min: A, max: B}: the run starts with A of them, and "
+        "the others join when the cluster has room",
+        unit="engines",
+    )
     dtype: EngineDtype | Annotated[list[EngineDtype], Field(min_length=1)] = knob(
         "auto",
         "dtype the engines run in; auto: bfloat16 on GPU, float32 on CPU. Of a list the engines "
@@ -157,11 +196,31 @@ class VllmSection(Section):
     )
     max_restarts: int = knob(
         3,
-        "engines started in the place of one that is lost, one after the other; a new one joins at "
-        "the first publish after it is ready",
+        "engines started in the place of one that is lost, one after the other; a new one joins as "
+        "soon as it has proved that it holds the newest version",
         unit="engines",
         ge=0,
     )
+    silence_s: float = knob(
+        60.0,
+        "an engine that answers nothing, or has work and gets nowhere with it, for so long is "
+        "ended and replaced",
+        unit="seconds",
+        gt=0.0,
+    )
+
+    @property
+    def min_engines(self) -> int:
+        return self.engines if isinstance(self.engines, int) else self.engines.min
+
+    @property
+    def max_engines(self) -> int:
+        return self.engines if isinstance(self.engines, int) else self.engines.max
+
+    @property
+    def how_many(self) -> str:
+        several = "" if self.min_engines == self.max_engines else f" to {self.max_engines}"
+        return f"{self.min_engines}{several} vLLM engine(s)"
 
 
 class AlgorithmSection(Section):
@@ -333,7 +392,16 @@ class PublishSection(Section):
 
 class EvalSection(Section):
     every_steps: int = knob(
-        10, "greedy evaluation every so many steps; 0: only first and last", unit="steps", ge=0
+        10, "evaluation every so many steps; 0: only first and last", unit="steps", ge=0
+    )
+    temperature: float = knob(0.0, "sampling temperature of evaluation; 0: greedy", ge=0.0)
+    top_p: float = knob(1.0, "nucleus sampling in evaluation; 1.0: off", gt=0.0, le=1.0)
+    top_k: int = knob(0, "top-k sampling in evaluation; 0: off", ge=0)
+    max_new_tokens: int | None = knob(
+        None,
+        "length limit of a completion in evaluation; default: rollout.max_new_tokens",
+        unit="tokens",
+        ge=1,
     )
 
 
@@ -376,6 +444,24 @@ class Config(Section):
     @property
     def completions_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def max_lag(self) -> int:
+        """Versions, the default resolved."""
+        if self.rollout.max_lag is not None:
+            return self.rollout.max_lag
+        return 0 if self.rollout.mode == "synchronous" else 1
+
+    @property
+    def eval_new_tokens(self) -> int:
+        """Length limit of a completion in evaluation, the default resolved."""
+        return self.eval.max_new_tokens or self.rollout.max_new_tokens
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt with the longest completion, of training or evaluation."""
+        longest = max(self.rollout.max_new_tokens, self.eval_new_tokens)
+        return self.data.max_prompt_tokens + longest
 
     @property
     def engine_dtypes(self) -> list[str]:
@@ -431,6 +517,7 @@ def contradictions(c: Config) -> list[str]:
             f"publish.fallback = {c.publish.fallback} with publish.channel = {c.publish.channel}: "
             "it is for publish.channel = object_store; set publish.fallback = none"
         )
+    found += _contradictions_of_rollouts(c)
     found += _contradictions_of_hosts(c.hosts)
     found += _faults_of_url(c.publish.shuttle_dir or "")
     if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:
@@ -439,14 +526,6 @@ def contradictions(c: Config) -> list[str]:
             "of itself, and bfloat16 rounds away less than 2^-8; make it 0.996 or less, or set "
             "optimizer.first_moment_dtype = float32"
         )
-    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        value = getattr(c.rollout, key)
-        if value != off:
-            found.append(
-                f"rollout.{key} = {value}: a truncated sampling distribution gives log-probs that "
-                "the trainer, which sees the whole vocabulary, cannot reproduce, so every "
-                f"importance ratio would be biased; leave it at {off} (off)"
-            )
     if c.data.source == "reasoning_gym" and not c.data.task:
         found.append("data.source = reasoning_gym needs data.task, the name of a dataset")
     if c.data.source == "jsonl" and not c.data.path:
@@ -459,6 +538,53 @@ def contradictions(c: Config) -> list[str]:
         found.append(
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is longer than the run "
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
+        )
+    return found
+
+
+def _contradictions_of_rollouts(c: Config) -> list[str]:
+    found = []
+    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(c.rollout, key)
+        if value != off:
+            found.append(
+                f"rollout.{key} = {value}: a truncated sampling distribution gives log-probs that "
+                "the trainer, which sees the whole vocabulary, cannot reproduce, so every "
+                f"importance ratio would be biased; leave it at {off} (off)"
+            )
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(c.eval, key)
+        if value != off and c.rollout.engine == "inprocess":
+            found.append(
+                f"eval.{key} = {value} with rollout.engine = inprocess, which has no such option; "
+                f"leave it at {off} (off)"
+            )
+        elif value != off and c.eval.temperature == 0:
+            found.append(
+                f"eval.{key} = {value} with eval.temperature = 0: a greedy completion has nothing "
+                f"to draw from; set eval.temperature, or leave it at {off} (off)"
+            )
+    mode, max_lag = c.rollout.mode, c.max_lag
+    if mode != "synchronous" and c.rollout.engine == "inprocess":
+        found.append(
+            f"rollout.mode = {mode} with rollout.engine = inprocess, which samples on the "
+            "trainer's own devices: it cannot while they train; set rollout.mode = synchronous"
+        )
+    wanted = {"synchronous": max_lag == 0, "overlap": max_lag == 1, "continuous": max_lag >= 1}
+    if not wanted[mode]:
+        bound = {"synchronous": "is 0", "overlap": "is 1", "continuous": "is 1 or more"}[mode]
+        found.append(
+            f"rollout.max_lag = {max_lag} with rollout.mode = {mode}, where it {bound}: leave it "
+            "out, or set another rollout.mode"
+        )
+    if c.rollout.too_old != "wait" and mode != "continuous":
+        found.append(
+            f"rollout.too_old = {c.rollout.too_old} with rollout.mode = {mode}: nothing is ever "
+            "too old there; leave it out, or set rollout.mode = continuous"
+        )
+    if c.vllm.min_engines > c.vllm.max_engines:
+        found.append(
+            f"vllm.engines: min = {c.vllm.min_engines} is more than max = {c.vllm.max_engines}"
         )
     return found
 

@@ -39,8 +39,7 @@ class PromptStream:
         prompts: list[Prompt] = []
         skipped = 0
         while len(prompts) < count:
-            text, task = self._source(self.cursor)
-            prompt = self._encode(self.cursor, text, task)
+            prompt = self.at(self.cursor)
             self.cursor += 1
             if len(prompt.tokens) > self._most:
                 self.skipped_too_long += 1
@@ -55,6 +54,10 @@ class PromptStream:
                     f"data.max_prompt_tokens = {self._most}: there is nothing left to train on"
                 )
         return prompts
+
+    def at(self, index: int) -> Prompt:
+        """The prompt that has this id, whether `take` yields it or passes it over."""
+        return self._encode(index, *self._source(index))
 
     def peek(self) -> Prompt:
         """The next prompt, which `take` will yield again."""

@@ -1,10 +1,12 @@
 """What a step is described by: its times, its rewards, its rollouts."""
 
+import math
 import time
+from typing import Any
 
 import numpy as np
 
-from jaxrl.types import Group, TrainBatch
+from jaxrl.types import Group, PublishReport, TrainBatch
 
 
 class Clock:
@@ -34,16 +36,64 @@ def describe_rewards(rewards_PG: np.ndarray, weights_PG: np.ndarray) -> dict[str
     }
 
 
-def describe_rollouts(groups: list[Group], rollout_s: float, update_s: float) -> dict[str, float]:
+def describe_rollouts(groups: list[Group]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([len(rollout.tokens) for rollout in rollouts])
-    prompts = sum(len(group.prompt.tokens) * len(group.rollouts) for group in groups)
     return {
         "completion/mean_tokens": float(lengths.mean()),
         "completion/max_tokens": float(lengths.max()),
         "completion/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-        "tokens_per_s/rollout": float(lengths.sum() / rollout_s),
-        "tokens_per_s/train": float((lengths.sum() + prompts) / update_s),
+    }
+
+
+def describe_times(clock: Clock, groups: list[Group], alternate: bool) -> dict[str, float]:
+    """What a step took; phases that failure left out are unknown.
+
+    Args:
+      alternate: the engines sample when the trainer waits for them, and not all the time.
+    """
+    times = clock.metrics()
+    step_s, update_s = times["time/step_s"], clock.seconds.get("update", math.nan)
+    waited_s = clock.seconds["rollout"] + clock.seconds.get("wait", 0.0)
+    sampled = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+    prompts = sum(len(group.prompt.tokens) * len(group.rollouts) for group in groups)
+    return {
+        **times,
+        "trainer/idle_fraction": waited_s / step_s,
+        "tokens_per_s/rollout": sampled / (clock.seconds["rollout"] if alternate else step_s),
+        "tokens_per_s/train": (sampled + prompts) / update_s,
+    }
+
+
+def describe_publish(report: PublishReport) -> dict[str, Any]:
+    """Of the last publish that is through."""
+    return {
+        **{f"publish/{name}_s": seconds for name, seconds in report.phases.items()},
+        "publish/version": report.version,
+        "publish/bytes": report.bytes,
+        "publish/device_bytes": report.device_bytes,
+        "publish/delta": int(report.base is not None),
+        "publish/pause_s": report.pause_s,
+        "publish/engines": report.engines,
+        "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
+        "fleet/replaced": report.replaced,
+        "fleet/quarantined": report.quarantined,
+    }
+
+
+def describe_lag(groups: list[Group], version: int, max_lag: int) -> dict[str, float]:
+    """How old completions are that are trained at `version`: `lag/i` is the share of those whose
+    oldest token was sampled i versions ago. And how many versions sampled one of them."""
+    of_each = [rollout.versions for group in groups for rollout in group.rollouts]
+    lags = version - np.array([versions.min() for versions in of_each if versions.size])
+    kinds = [np.unique(versions).size for versions in of_each]
+    shares = {f"lag/{i}": float(np.mean(lags == i)) for i in range(max_lag + 1)}
+    return {
+        "lag/max": int(lags.max()),
+        "lag/mean": float(lags.mean()),
+        **shares,
+        "completion/mean_versions": float(np.mean(kinds)),
+        "completion/max_versions": max(kinds),
     }
 
 

@@ -157,7 +157,9 @@ def sample_record(
                 "versions": count_versions(rollout.versions),
                 "finish_reason": rollout.finish_reason,
             }
-            for rollout, reward, text in zip(group.rollouts, rewards_G, texts, strict=True)
+            for rollout, reward, text in zip(
+                group.rollouts, rewards_G[: len(texts)], texts, strict=True
+            )
         ],
     }
 

@@ -63,8 +63,8 @@ def pack(
     not finite (engines have been seen to return NaN and -inf; no ratio can be made of those).
 
     Args:
-      groups: P groups of G rollouts.
-      advantages_PG: float32 [P, G].
+      groups: P groups of at most G rollouts.
+      advantages_PG: float32 [P, G]; of a smaller group its first.
       weights_PG: float32 [P, G], 1 for completions that are trained on, else 0.
       shards: parts that the mesh splits rows into; empty rows make B a multiple of it.
       key_cost: what attending to one key costs, in the rest of a token's work: long rows share
@@ -143,9 +143,12 @@ def units_of(
     group: Group, advantages_G: np.ndarray, weights_G: np.ndarray, members: list[list[int]]
 ) -> list[Unit]:
     """A group's completions, each behind the copy of the prompt that `members` puts it behind."""
+    there = slice(len(group.rollouts))
     completions = [
         Completion(rollout, float(advantage), float(weight))
-        for rollout, advantage, weight in zip(group.rollouts, advantages_G, weights_G, strict=True)
+        for rollout, advantage, weight in zip(
+            group.rollouts, advantages_G[there], weights_G[there], strict=True
+        )
     ]
     return [Unit(group.prompt.tokens, [completions[i] for i in unit]) for unit in members]
 

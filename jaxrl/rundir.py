@@ -1,7 +1,7 @@
 """The directory of one run: who may use it, where its outputs lie, and which version is next.
 
 runs/NAME/  config.yaml  metrics.jsonl  checkpoints/  samples/  tensorboard/  export/
-            weight_version  .lock
+            ledger.jsonl  weight_version  .lock
 """
 
 import contextlib
@@ -64,6 +64,10 @@ class RunDir:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -5,8 +5,10 @@ its seed and the weights alone, never on the rows beside it.
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from jaxrl.models.attention import Masked
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache
 from jaxrl.models.lora import with_adapters
 from jaxrl.packing import row_length
-from jaxrl.types import Group, Prompt, PublishReport, Rollout, Sampling
+from jaxrl.types import Group, Prompt, PublishReport, Request, Rollout, Sampling
 
 FIRST_STAGE = 32  # new tokens
 
@@ -80,12 +82,39 @@ class InProcessEngine:
         """
         return self.begin(prompts, sampling, seeds)()
 
+    def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
+        """See `collect.Engines`. All of `requests` are of one sampling, and end together; the
+        devices start here, in the order of the calls."""
+        (sampling,) = {request.sampling for request in requests}
+        wait = self.begin([r.prompt for r in requests], sampling, [r.seed for r in requests])
+        futures: list[Future[Group]] = [Future() for _ in requests]
+
+        def complete() -> None:
+            try:
+                groups = wait()
+            except BaseException as error:
+                for future in futures:
+                    future.set_exception(error)
+                return
+            for future, group in zip(futures, groups, strict=True):
+                if future.set_running_or_notify_cancel():
+                    future.set_result(group)
+
+        threading.Thread(target=complete, daemon=True).start()
+        return futures
+
+    def status(self) -> dict[str, float]:
+        """Nothing: the devices are the trainer's."""
+        return {}
+
     def begin(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
     ) -> Callable[[], list[Group]]:
         """As `generate`, whose result comes when what is returned is called; the device starts."""
         if self._params is None:
             raise RuntimeError("nothing was published yet: no weights to sample with")
+        if not sampling.exact or sampling.stop_strings:
+            raise ValueError(f"the in-process engine has no such options: {sampling}")
         lengths_P = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
         prompts_PT = np.zeros((len(prompts), row_length(int(lengths_P.max()))), np.int32)
         for row, prompt in zip(prompts_PT, prompts, strict=True):

@@ -151,7 +151,7 @@ def describe(c: Config) -> str:
         where = f"the Ray cluster at {c.vllm.ray_address}" if c.vllm.ray_address else "a local Ray"
         lines.insert(
             -1,
-            f"rollouts: {c.vllm.engines} vLLM engine(s) in {dtypes} on {where}, each "
+            f"rollouts, {c.rollout.mode}: {c.vllm.how_many} in {dtypes} on {where}, each "
             f"{c.vllm.cpus_per_engine:g} CPUs and {c.vllm.gpus_per_engine:g} GPUs; weights go over "
             f"{c.publish.channel} in {c.wire_dtype}",
         )
@@ -272,6 +272,8 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     kind, value = item["type"], item.get("input")
+    if key.startswith("vllm.engines."):
+        return "vllm.engines: expected a number of at least 1, or {min: A, max: B} with two such"
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(location)}"
     if kind == "missing":

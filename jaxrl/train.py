@@ -14,7 +14,8 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,26 @@ import numpy as np
 
 from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
-from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
+from jaxrl.measure import (
+    Clock,
+    describe_lag,
+    describe_packing,
+    describe_publish,
+    describe_rewards,
+    describe_rollouts,
+    describe_times,
+)
 from jaxrl.settings import Command, describe, parse_command_line, to_yaml
-from jaxrl.types import EnginesGone, Group, Prompt, RunError, Sampling, TrainBatch, UserError
+from jaxrl.types import (
+    Group,
+    Prompt,
+    PublishReport,
+    Request,
+    RunError,
+    Sampling,
+    TrainBatch,
+    UserError,
+)
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jax.sharding import Mesh
@@ -37,9 +55,10 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from bridge.fleet import Fleet
     from bridge.publisher import Score
     from bridge.wire import Base, HostTensor, Outgoing, TensorEntry
-    from jaxrl.collect import Engines, Publish
+    from jaxrl.collect import Collector, Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.hosts import Hosts
+    from jaxrl.ledger import Ledger
     from jaxrl.metrics import RunLog
     from jaxrl.models.config import DecoderConfig, LoraConfig
     from jaxrl.models.decoder import Params, Policy
@@ -52,7 +71,6 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.update import Metrics, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
-MAX_LAG = 0  # versions; this loop waits for every publish, so nothing older can be asked for
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +123,10 @@ class Parts:
     publish: Publish
     next_version: Callable[[], int]
     update: Update
-    save: Callable[[int, TrainState, int, int], None]  # (step, state, version, cursor)
+    ledger: Ledger
+    save: Callable[
+        [int, TrainState, int, Mapping[str, Any]], None
+    ]  # (step, state, version, ledger)
     log: RunLog
     stop_tokens: tuple[int, ...]
     key_cost: float  # see `packing.pack`
@@ -113,49 +134,45 @@ class Parts:
 
 def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
     """GRPO with one update a batch (arXiv:2402.03300, algorithm 1): rollouts, rewards, advantages,
-    update, publish; then the next step samples with the new weights.
+    update, publish; then the next step, with rollouts of the new weights or, as rollout.mode has
+    it, of somewhat older ones.
 
     Neither device nor engines wait for the host where they need not: the prompts of the next step
     are made while the update runs, and a step is reported and saved while the engines sample the
-    next one.
+    next one. When the engines fail the newest step is saved, and their error ends the run.
     """
     import jax
 
+    from bridge.transaction import begun
     from jaxrl.advantages import group_advantages
-    from jaxrl.collect import lag, seeds_for
+    from jaxrl.collect import Collector
     from jaxrl.packing import pack
 
     c = parts.config
+    continuous = c.rollout.mode == "continuous"
     sampling = Sampling(
         c.rollout.group_size, c.rollout.max_new_tokens, c.rollout.temperature, parts.stop_tokens
     )
-
-    def begin(prompts: list[Prompt]) -> Callable[[], list[Group]]:
-        return parts.engines.begin(prompts, sampling, seeds_for(c.run.seed, prompts))
-
-    version = parts.next_version()
-    parts.publish(state.params, version)
+    version, ledger = parts.next_version(), parts.ledger
+    steps_left = c.run.steps - first_step
+    collector = Collector(parts.engines, parts.stream, ledger, sampling, c, version, steps_left)
+    publishing = begun(parts.publish(state.params, version))
+    report = collector.until(publishing)
     if first_step == 0:
-        parts.log.step(0, {"eval/accuracy": evaluate(parts), "weights/version": version})
-    prompts = parts.stream.take(c.rollout.prompts_per_step)
-    clock, rollouts = Clock(), begin(prompts)
+        accuracy = evaluate(parts, collector)
+        parts.log.step(0, {"eval/accuracy": accuracy, "weights/version": version})
+    clock, saved = Clock(), first_step
+    collector.serve(version, publishing)
 
     for step in range(first_step + 1, c.run.steps + 1):
         try:
-            groups = rollouts()
-        except EnginesGone as error:
-            warn(f"step {step}: {error}; sampling it again")
-            version = parts.next_version()
-            parts.publish(state.params, version)
-            groups = begin(prompts)()
+            groups = collector.take(version)
+        except RunError:
+            if saved < step - 1:
+                parts.save(step - 1, state, version, ledger.saved())
+            raise
         clock.lap("rollout")
-        lag_max = lag(groups, version)
-        if lag_max > MAX_LAG:
-            raise RunError(
-                f"step {step}: an engine returned tokens sampled {lag_max} weight versions ago, "
-                f"where {MAX_LAG} is allowed; nothing of this step was trained on"
-            )
-        texts_PG, rewards_PG = judge(parts, groups)
+        texts_PG, rewards_PG = judge(parts, groups, sampling.n)
         clock.lap("reward")
         advantages_PG, weights_PG = group_advantages(
             rewards_PG,
@@ -165,60 +182,68 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         shards = c.mesh.row_shards
         batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost)
         state, update_metrics = parts.update(state, batch)
+        ledger.train(step, version, groups)
+        collector.check()
 
-        # The device computes. A checkpoint of this step has the cursor of this step.
-        cursor, skipped_too_long = parts.stream.cursor, parts.stream.skipped_too_long
-        if step < c.run.steps:
-            prompts = parts.stream.take(c.rollout.prompts_per_step)
-        version = parts.next_version()
-        jax.block_until_ready(state.params)
-        clock.lap("update")
-
-        report = parts.publish(state.params, version)
-        clock.lap("publish")
-        metrics: dict[str, Any] = {}
-        if step == c.run.steps or (c.eval.every_steps and step % c.eval.every_steps == 0):
-            metrics["eval/accuracy"] = evaluate(parts)
-            clock.lap("eval")
-        ends = step == c.run.steps or interrupted.signal is not None
-        metrics |= clock.metrics()
-        rollout_s, update_s = clock.seconds["rollout"], clock.seconds["update"]
+        # The device computes.
+        metrics: dict[str, Any] = {
+            **describe_lag(groups, version, c.max_lag),
+            "data/cursor": ledger.cursor,
+            "data/skipped_too_long": parts.stream.skipped_too_long,
+        }
+        collector.prepare()
+        version, failure = parts.next_version(), None
+        try:
+            collector.until(begun(jax.block_until_ready, state.params))
+            clock.lap("update")
+            if continuous:
+                report = collector.until(publishing)  # of the version before
+            else:
+                collector.finish()  # so that every group is of one version
+            clock.lap("wait")
+            publishing = begun(parts.publish(state.params, version))
+            evaluates = step == c.run.steps or (
+                c.eval.every_steps and step % c.eval.every_steps == 0
+            )
+            if evaluates or not continuous:
+                report = collector.until(publishing)
+            clock.lap("publish")
+            if evaluates:
+                metrics["eval/accuracy"] = evaluate(parts, collector)
+                clock.lap("eval")
+        except RunError as error:
+            failure = error
+        ends = failure is not None or step == c.run.steps or interrupted.signal is not None
+        metrics |= describe_times(clock, groups, alternate=c.rollout.mode == "synchronous")
         if not ends:
-            clock, rollouts = Clock(), begin(prompts)
+            clock = Clock()
+            collector.serve(version, publishing)
 
         # The engines sample.
         refuse_to_go_on_skipping(c, state, step)
         metrics |= {name: float(value) for name, value in update_metrics.items()}
         metrics |= describe_rewards(rewards_PG, weights_PG)
-        metrics |= describe_rollouts(groups, rollout_s, update_s)
+        metrics |= describe_rollouts(groups)
         metrics |= describe_packing(groups, batch)
-        metrics |= {f"publish/{name}_s": seconds for name, seconds in report.phases.items()}
-        metrics |= {
-            "lag/max": lag_max,
-            "weights/version": version,
-            "publish/bytes": report.bytes,
-            "publish/device_bytes": report.device_bytes,
-            "publish/delta": int(report.base is not None),
-            "publish/pause_s": report.pause_s,
-            "publish/engines": report.engines,
-            "fleet/replaced": report.replaced,
-            "fleet/quarantined": report.quarantined,
-            "publish/probe_max_abs_dlogp": report.probe_max_abs_dlogp,
-            "data/cursor": cursor,
-            "data/skipped_too_long": skipped_too_long,
-        }
+        metrics |= describe_publish(report)
+        metrics |= collector.metrics() | ledger.metrics() | parts.engines.status()
+        metrics["weights/version"] = version
         # Before the checkpoint: a step that a resumed run will not repeat has been reported.
         parts.log.step(step, metrics)
         n = c.log.samples_per_step
         parts.log.samples(step, groups[:n], rewards_PG[:n], texts_PG[:n])
         if ends or step % c.checkpoint.every_steps == 0:
-            parts.save(step, state, version, cursor)
+            parts.save(step, state, version, ledger.saved())
+            saved = step
+        if failure is not None:
+            raise failure
         if ends:
             break
+    collector.until(publishing)
     return state
 
 
-def judge(parts: Parts, groups: list[Group]) -> tuple[list[list[str]], np.ndarray]:
+def judge(parts: Parts, groups: list[Group], group_size: int) -> tuple[list[list[str]], np.ndarray]:
     """The completions as text, and their rewards: float32 [P, G], NaN where unknown."""
     from jaxrl.rewards import score
 
@@ -226,16 +251,27 @@ def judge(parts: Parts, groups: list[Group]) -> tuple[list[list[str]], np.ndarra
         [parts.tokenizer.decode(rollout.tokens.tolist()) for rollout in group.rollouts]
         for group in groups
     ]
-    return texts_PG, score(parts.reward, [group.prompt for group in groups], texts_PG)
+    prompts = [group.prompt for group in groups]
+    return texts_PG, score(parts.reward, prompts, texts_PG, group_size)
 
 
-def evaluate(parts: Parts) -> float:
-    """Share of held-out prompts whose greedy completion gets the full reward of 1."""
+def evaluate(parts: Parts, collector: Collector) -> float:
+    """Share of held-out prompts whose completion gets the full reward of 1."""
+    from jaxrl.collect import requests_for
+
     if not parts.held_out:
         return float("nan")
-    sampling = Sampling(1, parts.config.rollout.max_new_tokens, 0.0, parts.stop_tokens)
-    groups = parts.engines.begin(parts.held_out, sampling, [0] * len(parts.held_out))()
-    _, rewards_P1 = judge(parts, groups)
+    c = parts.config
+    sampling = Sampling(
+        1,
+        c.eval_new_tokens,
+        c.eval.temperature,
+        parts.stop_tokens,
+        top_p=c.eval.top_p,
+        top_k=c.eval.top_k,
+    )
+    groups = collector.ask(requests_for(c.run.seed, parts.held_out, sampling))
+    _, rewards_P1 = judge(parts, groups, 1)
     return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
 
 
@@ -269,22 +305,23 @@ def train(command: Command, hosts: Hosts) -> int:
         # Engines take seconds to start, and Ray forks: both want to be ahead of jax.
         fleet = None
         if c.rollout.engine == "vllm":
-            print(f"starting {c.vllm.engines} vLLM engine(s)", flush=True)
+            print(f"starting {c.vllm.how_many}", flush=True)
             fleet = start_fleet(c, model_dir, decoder)
             cleanup.callback(fleet.close)
             hosts.at_loss.append(fleet.close)
 
         from jaxrl import checkpoint
+        from jaxrl.ledger import Ledger
         from jaxrl.metrics import RunLog
         from jaxrl.sampler import InProcessEngine
 
         learner = lead(hosts, build_learner(c, model_dir, decoder))
         for line in learner.kept_whole:
             print(f"mesh: {line}")
-        state, first_step, last_version = learner.state, 0, 0
+        state, first_step, last_version, book = learner.state, 0, 0, None
         if command.resume:
-            state, first_step, last_version = resume(
-                run_dir, learner, hosts, stream, data_fingerprint
+            state, first_step, last_version, book = resume(
+                run_dir, learner, hosts, data_fingerprint
             )
             if first_step >= c.run.steps:
                 raise UserError(
@@ -300,10 +337,13 @@ def train(command: Command, hosts: Hosts) -> int:
             )
         )
 
-        def save(step: int, state: TrainState, version: int, cursor: int) -> None:
+        ledger = cleanup.enter_context(Ledger(run_dir.ledger_file, book, first_step))
+        stream.cursor = ledger.cursor
+
+        def save(step: int, state: TrainState, version: int, book: Mapping[str, Any]) -> None:
             host = {
-                "cursor": cursor,
                 "version": version,
+                "ledger": book,
                 "data_fingerprint": data_fingerprint,
                 "frozen_fingerprint": learner.frozen_fingerprint,
                 "config": c.model_dump(mode="json"),
@@ -315,7 +355,7 @@ def train(command: Command, hosts: Hosts) -> int:
         if fleet is None:
             engine = InProcessEngine(learner.policy, learner.frozen)
             engines: Any = engine if hosts.alone else LedEngine(hosts, engine)
-            publish = hosts.together("publish", engine.publish)
+            publish = at_once(hosts.together("publish", engine.publish))
         else:
             for info in fleet.wait_ready():
                 print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
@@ -333,6 +373,7 @@ def train(command: Command, hosts: Hosts) -> int:
             publish=publish,
             next_version=next_version,
             update=learner.update,
+            ledger=ledger,
             save=save,
             log=log,
             stop_tokens=decoder.eos_token_ids,
@@ -367,10 +408,9 @@ def follow(c: Config, hosts: Hosts) -> int:
                     state, _ = learner.update(state, TrainBatch(*order.arrays))
                 case "publish", [version]:
                     engine.publish(state.params, version)
-                case "begin", [prompts, [n, most, temperature, stops], seeds]:
-                    sampling = Sampling(n, most, temperature, tuple(stops))
+                case "begin", [prompts, options, seeds]:
                     texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
-                    engine.begin(texts, sampling, seeds)
+                    engine.begin(texts, sampling_of(options), seeds)
                 case "export", _:
                     learner.export(state.params)
                 case "export_frozen", _:
@@ -591,15 +631,34 @@ class LedEngine:
     hosts: Hosts
     engine: InProcessEngine
 
-    def begin(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> Callable[[], list[Group]]:
-        tokens = [prompt.tokens for prompt in prompts]
-        self.hosts.announce("begin", tokens, dataclasses.astuple(sampling), list(seeds))
-        return self.engine.begin(prompts, sampling, seeds)
+    def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
+        tokens, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
+        self.hosts.announce("begin", tokens, dataclasses.asdict(requests[0].sampling), seeds)
+        return self.engine.submit(requests, urgent)
+
+    def status(self) -> dict[str, float]:
+        return self.engine.status()
 
     def close(self) -> None:
         self.engine.close()
+
+
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """The Sampling whose fields went through JSON, which knows lists alone."""
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    return Sampling(**plain)
+
+
+def at_once(publish: Callable[[Any, int], PublishReport]) -> Publish:
+    """A publish that is over when it returns."""
+
+    def begin(params: Any, version: int) -> Callable[[], PublishReport]:
+        report = publish(params, version)
+        return lambda: report
+
+    return begin
 
 
 def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
@@ -705,12 +764,13 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     trained = trained_specs(decoder, lora)
     fleet = Fleet(
         FleetSettings(
-            min_engines=c.vllm.engines,
-            max_engines=c.vllm.engines,
+            min_engines=c.vllm.min_engines,
+            max_engines=c.vllm.max_engines,
             cpus_per_engine=c.vllm.cpus_per_engine,
             gpus_per_engine=c.vllm.gpus_per_engine,
             start_timeout_s=c.vllm.start_timeout_s,
             request_timeout_s=c.rollout.timeout_s,
+            silence_s=c.vllm.silence_s,
             max_restarts=c.vllm.max_restarts,
             ray_address=c.vllm.ray_address,
             object_store_bytes=c.vllm.object_store_mib << 20,
@@ -718,7 +778,7 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
         [
             EngineSettings(
                 dtype=dtype,
-                max_model_len=c.data.max_prompt_tokens + c.rollout.max_new_tokens,
+                max_model_len=c.max_model_len,
                 max_num_seqs=c.vllm.max_num_seqs,
                 kv_cache_bytes=c.kv_cache_bytes,
                 gpu_memory_utilization=c.vllm.gpu_memory_utilization,
@@ -775,7 +835,8 @@ def connect_bridge(
     if learner.frozen is not None:
         expected = expected_tensors(learner.specs, FROZEN_DTYPE)
         publisher.publish_frozen(learner.export_frozen, learner.frozen, expected, next_version())
-    return publisher.publish
+    fleet.newcomers = publisher.welcome
+    return publisher.begin
 
 
 def warn(text: str) -> None:
@@ -783,9 +844,10 @@ def warn(text: str) -> None:
 
 
 def resume(
-    run_dir: RunDir, learner: Learner, hosts: Hosts, stream: PromptStream, data_fingerprint: str
-) -> tuple[TrainState, int, int]:
-    """State, step and weight version of the newest verified checkpoint; or those of a fresh run."""
+    run_dir: RunDir, learner: Learner, hosts: Hosts, data_fingerprint: str
+) -> tuple[TrainState, int, int, Mapping[str, Any] | None]:
+    """State, step, weight version and ledger of the newest verified checkpoint; or those of a fresh
+    run."""
     from jaxrl import checkpoint
 
     for change in run_dir.changes:
@@ -793,7 +855,7 @@ def resume(
     newest, rejected = checkpoint.find_newest(run_dir.checkpoints)
     if newest is None:
         print("no checkpoint was written yet: starting from the first step")
-        return learner.state, 0, 0
+        return learner.state, 0, 0, None
     hosts.announce("restore", newest.name)
     restored = checkpoint.restore(newest, abstract(learner.state), rejected)
     for line in restored.rejected:
@@ -808,9 +870,8 @@ def resume(
             f"{run_dir.path}: the weights in model.path are not those that these adapters were "
             "trained beside; bring them back, or start a new run"
         )
-    stream.cursor = restored.host["cursor"]
     print(f"resumed after step {restored.step}")
-    return restored.arrays, restored.step, restored.host["version"]
+    return restored.arrays, restored.step, restored.host["version"], restored.host["ledger"]
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -823,11 +884,11 @@ def abstract(state: TrainState) -> TrainState:
 
 
 def check_lengths(c: Config, decoder: DecoderConfig) -> None:
-    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
-    if longest > decoder.max_positions:
+    if c.max_model_len > decoder.max_positions:
         raise UserError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, but the policy "
-            f"has {decoder.max_positions} positions; lower one of the two"
+            "data.max_prompt_tokens and the larger of rollout.max_new_tokens and "
+            f"eval.max_new_tokens are {c.max_model_len} tokens together, but the policy has "
+            f"{decoder.max_positions} positions; lower one of them"
         )
     if not decoder.eos_token_ids:
         raise UserError(

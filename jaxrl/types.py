@@ -28,7 +28,7 @@ class RunError(Exception):
 
 
 class EnginesGone(RunError):
-    """No engine is left that serves. After another publish those in their place may."""
+    """No engine is left that serves, and none is to come."""
 
 
 class UserError(RunError):

@@ -133,6 +133,29 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
             ["publish.fallback = shuttle", "set publish.fallback = none"],
         ),
         ({"run__steps": 5}, ["optimizer.warmup_steps = 10", "run.steps = 5"]),
+        ({"rollout__max_lag": 1}, ["rollout.max_lag = 1", "synchronous, where it is 0"]),
+        (
+            {"rollout__mode": "overlap", "rollout__max_lag": 2},
+            ["rollout.max_lag = 2", "overlap, where it is 1"],
+        ),
+        (
+            {"rollout__mode": "continuous", "rollout__max_lag": 0},
+            ["rollout.max_lag = 0", "where it is 1 or more"],
+        ),
+        (
+            {"rollout__mode": "overlap", "rollout__engine": "inprocess"},
+            ["rollout.mode = overlap", "set rollout.mode = synchronous"],
+        ),
+        (
+            {"rollout__mode": "overlap", "rollout__too_old": "drop"},
+            ["rollout.too_old = drop", "set rollout.mode = continuous"],
+        ),
+        (
+            {"rollout__engine": "inprocess", "eval__temperature": 1.0, "eval__top_k": 5},
+            ["eval.top_k = 5", "leave it at 0"],
+        ),
+        ({"eval__top_p": 0.5}, ["eval.top_p = 0.5", "set eval.temperature"]),
+        ({"vllm__engines": {"min": 3, "max": 2}}, ["vllm.engines: min = 3 is more than max = 2"]),
     ],
 )
 def test_keys_that_contradict_each_other_are_told_with_the_way_out(tmp_path, changes, words):
@@ -195,6 +218,31 @@ def test_an_engine_dtype_that_is_neither_one_nor_a_list_of_some_is_one_problem(t
 def test_a_task_argument_of_no_known_type_is_one_problem(tmp_path):
     (line,) = problems(tmp_path, tree(data__task_args={"a": {"b": 1}}))
     assert line.startswith("data.task_args.a: expected a number, text, true, false")
+
+
+@pytest.mark.parametrize("value", [0, "two", {"min": 1}, {"min": 0, "max": 2}, {"least": 1}])
+def test_engines_that_are_neither_a_number_nor_a_range_are_one_problem(tmp_path, value):
+    (line,) = problems(tmp_path, tree(vllm__engines=value))
+    assert line.startswith("vllm.engines: expected a number of at least 1, or {min: A, max: B}")
+
+
+def test_engines_are_a_number_or_a_range(tmp_path):
+    for value, expected in ((3, (3, 3)), ({"min": 2, "max": 5}, (2, 5))):
+        vllm = load_tree(tmp_path, tree(vllm__engines=value)).vllm
+        assert (vllm.min_engines, vllm.max_engines) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "max_lag"),
+    [
+        ("synchronous", None, 0),
+        ("overlap", None, 1),
+        ("continuous", None, 1),
+        ("continuous", 3, 3),
+    ],
+)
+def test_max_lag_follows_the_mode(tmp_path, mode, given, max_lag):
+    assert load_tree(tmp_path, tree(rollout__mode=mode, rollout__max_lag=given)).max_lag == max_lag
 
 
 @pytest.mark.parametrize("section", ["run", "rollout"])

@@ -1,5 +1,9 @@
 """What the loop does in which order, with stand-ins that write down when they are used."""
 
+import json
+import random
+import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -7,15 +11,23 @@ import numpy as np
 import pytest
 
 from jaxrl.config import Config
+from jaxrl.ledger import Ledger, replay
 from jaxrl.train import Parts, run
-from jaxrl.types import EnginesGone, Group, Prompt, PublishReport, Rollout, RunError
+from jaxrl.types import EnginesGone, Group, Prompt, PublishReport, Rollout, RunError, Sampling
 
 STEPS = 4
 PROMPTS, GROUP = 3, 2
+LONG_S = 30.0  # by then whatever a test waits for has happened, or never will
+
+
+class Killed(BaseException):
+    pass
 
 
 class Run:
-    """Stand-ins for every part. `skipped` is what the updates report; `asked_at` a step's log."""
+    """Stand-ins for every part. `skipped` is what the updates report; `interrupt_at` a step's log;
+    `version_drawn` how much older than promised tokens are; `held`: groups end when the engines
+    are let go, and not at once."""
 
     def __init__(self, skipped: int = 0, interrupt_at: int | None = None, version_drawn: int = 0):
         self.events: list[tuple] = []
@@ -23,43 +35,58 @@ class Run:
         self.version, self.drawn_before = 0, version_drawn
         self.skipped, self.interrupt_at = skipped, interrupt_at
         self.interrupt = SimpleNamespace(signal=None)
-        self.waiting = 0
+        self.saved: dict | None = None
+        self.published = self.publish
+        self.left_behind = lambda prompt: 0
+        self.held: list | None = None
+        self.held_out: list[Prompt] = []
+        self.logged: list[dict] = []
+
+    # the stream
+
+    def at(self, index: int) -> Prompt:
+        return Prompt(index, "?", (5, 6), {})
 
     def take(self, count: int) -> list[Prompt]:
-        prompts = [Prompt(self.cursor + i, "?", (5, 6), {}) for i in range(count)]
         self.cursor += count
-        return prompts
+        return [self.at(i) for i in range(self.cursor - count, self.cursor)]
 
-    def begin(self, prompts, sampling, seeds):
-        assert not self.waiting, "two batches at once"
-        self.waiting += 1
-        self.events.append(("begin", prompts[0].id // PROMPTS + 1, self.version))
-        rollouts = tuple(
-            Rollout(
-                np.array([7, 8], np.int32),
-                np.array([-1.0, -1.0], np.float32),
-                np.full(2, self.version - self.drawn_before),
-                "length",
-                i,
-            )
-            for i in range(sampling.n)
-        )
+    # the engines
 
-        def wait() -> list[Group]:
-            self.waiting -= 1
-            self.events.append(("wait", prompts[0].id // PROMPTS + 1))
-            return [Group(prompt, rollouts) for prompt in prompts]
+    def submit(self, requests, urgent=False):
+        self.events.append(("begin", requests[0].prompt.id // PROMPTS + 1, self.version))
+        futures = []
+        for request in requests:
+            versions = np.full(2, self.version - self.drawn_before)
+            logprobs = np.array([-1.0, -1.0], np.float32)
+            rollout = Rollout(np.array([7, 8], np.int32), logprobs, versions, "length", 0)
+            n = request.sampling.n - self.left_behind(request.prompt.id)
+            group = Group(request.prompt, (rollout,) * n)
+            futures.append((Future(), group))
+        if self.held is None:
+            self.end(futures)
+        else:
+            self.held.append(futures)
+        return [future for future, _ in futures]
 
-        return wait
+    def end(self, futures):
+        for future, group in futures:
+            future.set_result(group)
+
+    def status(self) -> dict[str, float]:
+        return {"fleet/ready": 1.0}
+
+    # the bridge
 
     def next_version(self) -> int:
         return self.version + 1
 
-    def publish(self, params, version: int) -> PublishReport:
-        assert not self.waiting, "published while the engines sample"
+    def publish(self, params, version: int):
         self.version = version
         self.events.append(("publish", version))
-        return PublishReport(version, "", 0, 0.0, 1, 0.0)
+        return lambda: PublishReport(version, "", 0, 0.0, 1, 0.0)
+
+    # the trainer
 
     def update(self, state, batch):
         step = int(state.step) + 1
@@ -71,60 +98,79 @@ class Run:
 
     def log_step(self, step: int, metrics: dict) -> None:
         self.events.append(("log", step))
+        self.logged.append(metrics)
         if step:
-            assert metrics["loss"] == step and metrics["data/cursor"] == step * PROMPTS
+            assert metrics["loss"] == step
             assert all(isinstance(value, int | float) for value in metrics.values())
         if step == self.interrupt_at:
             self.interrupt.signal = 15
 
-    def save(self, step: int, state, version: int, cursor: int) -> None:
-        assert (state.step, version, cursor) == (step, step + 1, step * PROMPTS)
+    def save(self, step: int, state, version: int, ledger) -> None:
+        assert state.step == step
         self.events.append(("save", step))
+        self.saved = json.loads(json.dumps({"step": step, "version": version, "ledger": ledger}))
 
-    def go(self, steps: int = STEPS, save_every: int = 1) -> list[tuple]:
+    def go(
+        self,
+        folder,
+        steps: int = STEPS,
+        save_every: int = 1,
+        resume: dict | None = None,
+        evaluate: dict | None = None,
+        **rollout,
+    ) -> list[tuple]:
         config = Config.model_validate(
             {
                 "run": {"name": "x", "steps": steps},
                 "model": {"path": "x"},
                 "data": {"source": "reasoning_gym", "task": "x"},
-                "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP},
+                "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, **rollout},
                 "optimizer": {"max_skipped_updates": 2},
-                "eval": {"every_steps": 0},
+                "eval": {"every_steps": 0} | (evaluate or {}),
                 "checkpoint": {"every_steps": save_every},
             }
         )
+        resume = resume or {"step": 0, "version": 0, "ledger": None}
+        ledger = Ledger(folder / "ledger.jsonl", resume["ledger"], resume["step"])
+        self.cursor, self.version = ledger.cursor, max(self.version, resume["version"])
         parts = Parts(
             config=config,
             key_cost=0.0,
             stream=self,
-            held_out=[],
+            held_out=self.held_out,
             tokenizer=SimpleNamespace(decode=str),
             reward=lambda prompt, text: float(prompt.id % 2),
             engines=self,
-            publish=self.publish,
+            publish=lambda params, version: self.published(params, version),
             next_version=self.next_version,
             update=self.update,
+            ledger=ledger,
             save=self.save,
             log=SimpleNamespace(step=self.log_step, samples=lambda *_: None),
             stop_tokens=(1,),
         )
-        start = SimpleNamespace(params=jnp.zeros(2), step=0, skipped_in_a_row=jnp.asarray(0))
-        run(parts, start, 0, self.interrupt)
+        first = resume["step"]
+        start = SimpleNamespace(params=jnp.zeros(2), step=first, skipped_in_a_row=jnp.asarray(0))
+        run(parts, start, first, self.interrupt)
         return self.events
 
 
-def test_a_step_is_reported_and_saved_while_the_engines_sample_the_next():
+def test_a_step_is_reported_and_saved_while_the_engines_sample_the_next(tmp_path):
     expected = [("publish", 1), ("log", 0), ("begin", 1, 1)]
     for step in range(1, STEPS + 1):
-        expected += [("wait", step), ("update", step), ("publish", step + 1)]
+        expected += [("update", step), ("publish", step + 1)]
         if step < STEPS:
             expected.append(("begin", step + 1, step + 1))
         expected += [("log", step), ("save", step)]
-    assert Run().go() == expected
+    stand_ins = Run()
+    assert stand_ins.go(tmp_path) == expected
+    for step, metrics in enumerate(stand_ins.logged[1:], 1):
+        assert (metrics["data/cursor"], metrics["lag/max"]) == (step * PROMPTS, 0)
+        assert metrics["ledger/trained"] == step * PROMPTS * GROUP and metrics["fleet/ready"] == 1
 
 
-def test_a_signal_while_the_engines_sample_lets_that_step_end():
-    events = Run(interrupt_at=2).go(save_every=100)
+def test_a_signal_while_the_engines_sample_lets_that_step_end(tmp_path):
+    events = Run(interrupt_at=2).go(tmp_path, save_every=100)
     assert [event for event in events if event[0] in ("log", "save")][1:] == [
         ("log", 1),
         ("log", 2),
@@ -134,46 +180,202 @@ def test_a_signal_while_the_engines_sample_lets_that_step_end():
     assert events[-4:] == [("update", 3), ("publish", 4), ("log", 3), ("save", 3)]
 
 
-def test_a_run_that_skips_too_often_ends_before_it_reports_or_saves_that_step():
+def test_a_run_that_skips_too_often_ends_before_it_reports_or_saves_that_step(tmp_path):
     stand_ins = Run(skipped=2)
     with pytest.raises(RunError, match="not finite in 2 updates in a row"):
-        stand_ins.go()
+        stand_ins.go(tmp_path)
     assert not [event for event in stand_ins.events if event in (("log", 1), ("save", 1))]
     assert stand_ins.events.count(("update", 1)) == 1 and ("update", 2) not in stand_ins.events
 
 
-def test_tokens_of_an_older_version_are_not_trained_on():
+def test_tokens_of_an_older_version_are_not_trained_on(tmp_path):
     stand_ins = Run(version_drawn=1)
     with pytest.raises(RunError, match="1 weight versions ago"):
-        stand_ins.go()
+        stand_ins.go(tmp_path)
     assert ("update", 1) not in stand_ins.events
 
 
-def test_a_step_whose_engines_are_all_lost_is_sampled_again_by_those_in_their_place():
+def test_completions_left_behind_are_unknown_to_their_group_and_dropped_in_the_ledger(tmp_path):
     stand_ins = Run()
-    begin, losses = stand_ins.begin, iter([True])
+    stand_ins.left_behind = lambda prompt: int(prompt == 4)
+    stand_ins.go(tmp_path, straggler_s=1.0)
+    assert [metrics["reward/unknown"] for metrics in stand_ins.logged[1:]] == [0, 1, 0, 0]
+    assert stand_ins.logged[-1]["ledger/dropped_straggler"] == 1
 
-    def lossy(prompts, sampling, seeds):
-        wait = begin(prompts, sampling, seeds)
 
-        def lost():
-            if stand_ins.version == 2 and next(losses, False):
-                stand_ins.waiting -= 1
-                raise EnginesGone("no engine is left")
-            return wait()
+def test_overlap_samples_the_next_step_under_an_update_and_publishes_when_it_is_there(tmp_path):
+    stand_ins = Run()
+    update, publish = stand_ins.update, stand_ins.publish
+    stand_ins.held = []
 
-        return lost
+    def let_go(where):
+        stand_ins.events.append((where,))
+        for futures in stand_ins.held:
+            stand_ins.end(futures)
+        stand_ins.held.clear()
 
-    stand_ins.begin = lossy
-    stand_ins.save = lambda *saved: None
-    events = [event for event in stand_ins.go() if event[0] in ("publish", "begin", "update")]
-    assert events[:7] == [
-        ("publish", 1),
-        ("begin", 1, 1),
-        ("update", 1),
-        ("publish", 2),
-        ("begin", 2, 2),
-        ("publish", 3),
-        ("begin", 2, 3),
-    ]
-    assert events.count(("update", 2)) == 1 and events[-1] == ("publish", STEPS + 2)
+    def update_while_they_sample(state, batch):
+        state = update(state, batch)
+        if stand_ins.events[-1] != ("update", STEPS):
+            assert len(stand_ins.held) == 1 and len(stand_ins.held[0]) == PROMPTS
+        threading.Timer(0.05, let_go, ("ended",)).start()
+        return state
+
+    def publish_to_idle(params, version):
+        assert not stand_ins.held, "published while the engines sample"
+        if version == 1:
+            threading.Timer(0.05, let_go, ("ended",)).start()
+        return publish(params, version)
+
+    stand_ins.update, stand_ins.published = update_while_they_sample, publish_to_idle
+    stand_ins.go(tmp_path, mode="overlap")
+    lags = [metrics["lag/max"] for metrics in stand_ins.logged[1:]]
+    assert lags == [0, 1, 1, 1]
+    assert [m["lag/1"] for m in stand_ins.logged[1:]] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_continuous_trains_while_a_version_is_on_its_way(tmp_path):
+    """Each publish but the first and the last ends only once the next update has begun."""
+    stand_ins = Run()
+    update, publish = stand_ins.update, stand_ins.publish
+    began = {step: threading.Event() for step in range(STEPS + 2)}
+
+    def updating(state, batch):
+        began[int(state.step) + 1].set()
+        return update(state, batch)
+
+    def on_its_way(params, version):
+        finish = publish(params, version)
+        if 1 < version <= STEPS:
+            return lambda: began[version].wait(LONG_S) and finish()
+        return finish
+
+    stand_ins.update, stand_ins.published = updating, on_its_way
+    stand_ins.go(tmp_path, mode="continuous")
+    assert [m["publish/version"] for m in stand_ins.logged[1:]] == [1, 2, 3, STEPS + 1]
+    assert stand_ins.logged[-1]["lag/max"] <= 1
+    book = replay(tmp_path / "ledger.jsonl")
+    assert book.trained == book.dispatched == STEPS * PROMPTS * GROUP
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "overlap", "continuous"])
+def test_an_evaluation_goes_first_with_settings_of_its_own_once_its_version_is_there(
+    tmp_path, mode
+):
+    stand_ins = Run()
+    stand_ins.held_out = [stand_ins.at(1000), stand_ins.at(1001)]
+    publish, submit, served, asked = stand_ins.publish, stand_ins.submit, [], []
+
+    def on_its_way(params, version):
+        finish = publish(params, version)
+        return lambda: served.append(version) or finish()
+
+    def watched(requests, urgent=False):
+        if urgent:
+            asked.append((served[-1], {request.sampling for request in requests}))
+            assert [request.prompt.id for request in requests] == [1000, 1001]
+        return submit(requests, urgent)
+
+    stand_ins.published, stand_ins.submit = on_its_way, watched
+    settings = {"every_steps": 2, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5}
+    stand_ins.go(tmp_path, evaluate=settings, mode=mode)
+    sampling = Sampling(1, 5, 0.7, (1,), top_p=0.9)
+    assert asked == [(version, {sampling}) for version in (1, 3, 5)]
+    assert [m.get("eval/accuracy") for m in stand_ins.logged] == [0.5, None, 0.5, None, 0.5]
+    assert stand_ins.logged[-1]["ledger/dispatched"] == STEPS * PROMPTS * GROUP
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "overlap", "continuous"])
+def test_engines_that_are_gone_end_the_run_with_a_checkpoint(tmp_path, mode):
+    stand_ins = Run()
+    submit = stand_ins.submit
+
+    def lossy(requests, urgent=False):
+        futures = submit(requests, urgent)
+        if stand_ins.version == 3:
+            futures[0] = Future()
+            futures[0].set_exception(EnginesGone("nobody is left"))
+        return futures
+
+    stand_ins.submit = lossy
+    with pytest.raises(EnginesGone, match="nobody is left"):
+        stand_ins.go(tmp_path, save_every=100, mode=mode)
+    last = max(step for kind, step, *_ in stand_ins.events if kind == "log")
+    assert last >= 2 and stand_ins.events[-1] == ("save", last)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "continuous"])
+def test_a_publish_that_fails_ends_the_run_with_a_checkpoint(tmp_path, mode):
+    stand_ins = Run()
+    publish = stand_ins.publish
+
+    def fails(params, version):
+        def finish():
+            raise RunError("no engine serves it")
+
+        return finish if version == 3 else publish(params, version)
+
+    stand_ins.published = fails
+    with pytest.raises(RunError, match="no engine serves it"):
+        stand_ins.go(tmp_path, save_every=100, mode=mode)
+    last = max(step for kind, step, *_ in stand_ins.events if kind == "log")
+    assert last >= 2 and stand_ins.events[-1] == ("save", last)
+
+
+MODES = [
+    {"mode": "synchronous"},
+    {"mode": "overlap"},
+    {"mode": "continuous"},
+    {"mode": "continuous", "max_lag": 3},
+]
+
+
+@pytest.mark.parametrize("rollout", MODES, ids=str)
+def test_however_often_it_is_killed_every_prompt_is_trained_once(tmp_path, rollout):
+    """Kills where a run touches the world: a call of a part, before or after it was made."""
+    steps, dice = 12, random.Random(str(rollout))
+    stand_ins, resume, kills = Run(), None, 0
+    while True:
+        left = dice.randint(1, 25)
+        doomed = Run()
+        doomed.version = stand_ins.version  # the counter of versions is on the disk
+
+        def mortal(part):
+            def call(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left == 0 and dice.random() < 0.5:
+                    raise Killed
+                outcome = part(*args, **kwargs)
+                if left == 0:
+                    raise Killed
+                return outcome
+
+            return call
+
+        for name in ("submit", "publish", "update", "log_step", "save", "next_version"):
+            setattr(doomed, name, mortal(getattr(doomed, name)))
+        doomed.published = doomed.publish
+        try:
+            doomed.go(tmp_path, steps, save_every=2, resume=resume, **rollout)
+            break
+        except Killed:
+            kills += 1
+            with (tmp_path / "ledger.jsonl").open("ab") as file:
+                file.write(b'{"n": 1, "wha'[: dice.randint(0, 12)])
+        finally:
+            stand_ins.version, resume = doomed.version, doomed.saved or resume
+    assert kills > 2
+    book = replay(tmp_path / "ledger.jsonl")
+    assert book.trained == book.dispatched == steps * PROMPTS * GROUP
+    lines: list[dict] = []
+    for text in (tmp_path / "ledger.jsonl").read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        lines[line["n"] :] = [line]
+    trained = [line for line in lines if line["what"] == "trained"]
+    assert [line["step"] for line in trained] == list(range(1, steps + 1))
+    prompts = [int(prompt) for line in trained for prompt in line["samples"]]
+    assert sorted(prompts) == list(range(steps * PROMPTS))

@@ -7,7 +7,14 @@ import pytest
 
 from jaxrl import measure
 from jaxrl.config import UpdateSection
-from jaxrl.measure import Clock, describe_packing, describe_rewards, describe_rollouts
+from jaxrl.measure import (
+    Clock,
+    describe_lag,
+    describe_packing,
+    describe_rewards,
+    describe_rollouts,
+    describe_times,
+)
 from jaxrl.packing import pack
 from jaxrl.types import Group, Prompt, Rollout
 
@@ -43,13 +50,49 @@ def test_no_known_reward_has_no_mean():
     assert found["reward/unknown"] == 2.0 and found["reward/fraction_groups_trained"] == 0.0
 
 
-def test_rollouts_are_described_by_their_lengths_ends_and_speed():
+def test_rollouts_are_described_by_their_lengths_and_ends():
     groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
-    assert describe_rollouts(groups, rollout_s=2.0, update_s=4.0) == {
+    assert describe_rollouts(groups) == {
         "completion/mean_tokens": 4.0,
         "completion/max_tokens": 8.0,
         "completion/truncated": 0.25,
-        "tokens_per_s/rollout": 8.0,
+    }
+
+
+def test_lag_is_that_of_each_completion_s_oldest_token():
+    groups = [group(1, (4, "stop"), (3, "stop")), group(1, (2, "stop"), (1, "stop"))]
+    versions = [[5, 5, 6, 7], [7, 7, 7], [7, 6], [7]]
+    for rollout, of_tokens in zip(
+        [rollout for g in groups for rollout in g.rollouts], versions, strict=True
+    ):
+        rollout.versions[:] = of_tokens
+    assert describe_lag(groups, 7, max_lag=3) == {
+        "lag/max": 2,
+        "lag/mean": 0.75,
+        "lag/0": 0.5,
+        "lag/1": 0.25,
+        "lag/2": 0.25,
+        "lag/3": 0.0,
+        "completion/mean_versions": 1.75,
+        "completion/max_versions": 3,
+    }
+
+
+@pytest.mark.parametrize(("alternate", "sampling_s"), [(True, 2.0), (False, 8.0)])
+def test_a_step_s_time_is_shared_out_and_gives_its_speed(monkeypatch, alternate, sampling_s):
+    groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
+    now = iter([100.0, 102.0, 106.0, 107.0, 108.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    clock = Clock()
+    for phase in ("rollout", "update", "wait"):
+        clock.lap(phase)
+    assert describe_times(clock, groups, alternate) == {
+        "time/rollout_s": 2.0,
+        "time/update_s": 4.0,
+        "time/wait_s": 1.0,
+        "time/step_s": 8.0,
+        "trainer/idle_fraction": 3.0 / 8.0,
+        "tokens_per_s/rollout": 16 / sampling_s,
         "tokens_per_s/train": (16 + 2 * 10 + 2 * 20) / 4.0,
     }
 

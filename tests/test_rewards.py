@@ -105,9 +105,11 @@ def test_scores_stand_by_prompt_and_completion(monkeypatch):
         return len(answer) + 10 * int(task["answer"])
 
     reward = with_scorer(monkeypatch, length)
-    rewards_PG = score(reward, [prompt("1"), prompt("2")], [["a", "bb", ""], ["ccc", "bad", "d"]])
+    texts = [["a", "bb", ""], ["ccc", "bad", "d"], ["e"]]
+    rewards_PG = score(reward, [prompt("1"), prompt("2"), prompt("3")], texts, 3)
     assert rewards_PG.dtype == np.float32
-    np.testing.assert_array_equal(rewards_PG, [[11, 12, 10], [23, math.nan, 21]])
+    nan = math.nan  # unknown, as are those that stragglers leave
+    np.testing.assert_array_equal(rewards_PG, [[11, 12, 10], [23, nan, 21], [31, nan, nan]])
 
 
 def test_the_task_s_own_scorer_is_used():

@@ -233,7 +233,8 @@ def open_checkpoint(path: Path) -> Inventory:
         facts["passed over"] = [one_line(line) for line in rejected]
     names = ("version", "cursor", "data_fingerprint", "frozen_fingerprint", "source")
     labels = {"version": "weight version", "cursor": "data cursor"}
-    facts |= {labels.get(n, n): stored.host[n] for n in names if n in stored.host}
+    host = {**stored.host, **stored.host.get("ledger", {})}
+    facts |= {labels.get(n, n): host[n] for n in names if n in host}
     config = stored.host.get("config") or {}
     if config:
         facts["model.path"] = config["model"]["path"]

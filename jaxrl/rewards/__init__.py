@@ -64,9 +64,12 @@ def exact(answer: str, task: Mapping[str, Any]) -> float:
     return float(answer == str(task["answer"]).strip())
 
 
-def score(reward: Reward, prompts: Sequence[Prompt], texts_PG: Sequence[Sequence[str]]):
-    """Rewards of all completions, float32 [P, G], NaN where unknown."""
-    rows = zip(prompts, texts_PG, strict=True)
-    return np.array(
-        [[reward(prompt, text) for text in texts] for prompt, texts in rows], np.float32
-    )
+def score(
+    reward: Reward, prompts: Sequence[Prompt], texts_PG: Sequence[Sequence[str]], group_size: int
+) -> np.ndarray:
+    """Rewards of all completions, float32 [P, G], NaN where unknown; those that a prompt with fewer
+    than `group_size` texts lacks stand behind the others, and are unknown."""
+    rewards_PG = np.full((len(prompts), group_size), math.nan, np.float32)
+    for rewards_G, prompt, texts in zip(rewards_PG, prompts, texts_PG, strict=True):
+        rewards_G[: len(texts)] = [reward(prompt, text) for text in texts]
+    return rewards_PG

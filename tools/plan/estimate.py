@@ -239,13 +239,13 @@ class Pools:
 def publish_seconds(c: Config, nbytes: float, link_gbps: float | None) -> float | None:
     """To bring so many bytes over the trainer's one link to each engine, on a machine of its own;
     None if the link is not known."""
-    engines = c.vllm.engines if c.rollout.engine == "vllm" else 1
+    engines = c.vllm.max_engines if c.rollout.engine == "vllm" else 1
     return None if link_gbps is None else engines * nbytes / (link_gbps * 125e6)
 
 
 def pools(c: Config, step_s: float, publish_s: float, engine_tokens_per_s: float | None) -> Pools:
     completions = c.completions_per_step
     tokens = completions * c.rollout.max_new_tokens
-    engines = c.vllm.engines if c.rollout.engine == "vllm" else 1
+    engines = c.vllm.max_engines if c.rollout.engine == "vllm" else 1
     rollout = tokens / (engines * engine_tokens_per_s) if engine_tokens_per_s else None
     return Pools(step_s + publish_s, rollout, tokens, completions, engines, engine_tokens_per_s)
