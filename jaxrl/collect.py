@@ -88,13 +88,15 @@ def requests_for(
 
 
 def lag(groups: Sequence[Group], trained_version: int) -> int:
-    """Versions between the weights being trained and the oldest sampled token.
+    """Versions between the weights being trained and the oldest sampled token, if there is one.
 
     Raises:
       ValueError: a token from the future: some version was stamped wrongly.
     """
     rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
     versions = np.concatenate([rollout.versions for rollout in rollouts])
+    if not versions.size:
+        return 0
     if versions.max() > trained_version:
         raise ValueError(
             f"a token carries weight version {versions.max()}, newer than {trained_version}"
@@ -187,8 +189,8 @@ class Collector:
         """
         self._next = version
         self._fill()
-        while (chosen := self._chosen()) is None:
-            if not self._under_way and self._coming is None:
+        while (chosen := self._chosen()) is None or not self._events.empty():
+            if chosen is None and not self._under_way and self._coming is None:
                 raise RunError(f"version {version} lacks groups, and none is under way: a bug")
             self._hear()
         groups = [self._pending.pop(pending.prompt.id).group for pending in chosen]
@@ -324,14 +326,13 @@ class Collector:
             self._ledger.drop([pending.prompt.id for pending in late], "too_old")
 
     def _late(self) -> list[Pending]:
-        """The fewest without which all others can be trained in time; finished ones, and those
-        that were asked for first, stay before others."""
+        """The fewest without which all others can be trained in time, the youngest."""
         due = _deadlines(self._pending.values())
         if not due or slack(due, self._next, self._per_step, min(due)) >= 0:
             return []
         kept: Counter[int] = Counter()
         late = []
-        for pending in sorted(self._pending.values(), key=lambda p: p.group is None):
+        for pending in self._pending.values():
             kept[pending.deadline] += 1
             if slack(kept, self._next, self._per_step, min(kept)) < 0:
                 kept[pending.deadline] -= 1

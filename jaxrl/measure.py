@@ -59,7 +59,7 @@ def describe_times(clock: Clock, groups: list[Group], alternate: bool) -> dict[s
     prompts = sum(len(group.prompt.tokens) * len(group.rollouts) for group in groups)
     return {
         **times,
-        "trainer/idle_fraction": waited_s / step_s,
+        "time/idle_fraction": waited_s / step_s,
         "tokens_per_s/rollout": sampled / (clock.seconds["rollout"] if alternate else step_s),
         "tokens_per_s/train": (sampled + prompts) / update_s,
     }
@@ -69,7 +69,7 @@ def describe_publish(report: PublishReport) -> dict[str, Any]:
     """Of the last publish that is through."""
     return {
         **{f"publish/{name}_s": seconds for name, seconds in report.phases.items()},
-        "publish/version": report.version,
+        "weights/version_served": report.version,
         "publish/bytes": report.bytes,
         "publish/device_bytes": report.device_bytes,
         "publish/delta": int(report.base is not None),

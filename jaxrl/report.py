@@ -15,7 +15,7 @@ COLUMNS = {
     "rollout tok/s": ("tokens_per_s/rollout", "{:,.0f}"),
     "train tok/s": ("tokens_per_s/train", "{:,.0f}"),
     "lag": ("lag/max", "{:.0f}"),
-    "idle": ("trainer/idle_fraction", "{:.0%}"),
+    "idle": ("time/idle_fraction", "{:.0%}"),
     "sync s": ("time/publish_s", "{:.2f}"),
     "update s": ("time/update_s", "{:.2f}"),
 }

@@ -252,7 +252,7 @@ def test_continuous_trains_while_a_version_is_on_its_way(tmp_path):
 
     stand_ins.update, stand_ins.published = updating, on_its_way
     stand_ins.go(tmp_path, mode="continuous")
-    assert [m["publish/version"] for m in stand_ins.logged[1:]] == [1, 2, 3, STEPS + 1]
+    assert [m["weights/version_served"] for m in stand_ins.logged[1:]] == [1, 2, 3, STEPS + 1]
     assert stand_ins.logged[-1]["lag/max"] <= 1
     book = replay(tmp_path / "ledger.jsonl")
     assert book.trained == book.dispatched == STEPS * PROMPTS * GROUP

@@ -91,7 +91,7 @@ def test_a_step_s_time_is_shared_out_and_gives_its_speed(monkeypatch, alternate,
         "time/update_s": 4.0,
         "time/wait_s": 1.0,
         "time/step_s": 8.0,
-        "trainer/idle_fraction": 3.0 / 8.0,
+        "time/idle_fraction": 3.0 / 8.0,
         "tokens_per_s/rollout": 16 / sampling_s,
         "tokens_per_s/train": (16 + 2 * 10 + 2 * 20) / 4.0,
     }

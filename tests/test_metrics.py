@@ -206,15 +206,15 @@ def group(prompt_id: int, versions: list[list[int]]) -> Group:
 
 
 def test_samples_tell_text_reward_versions_and_why_it_ended(tmp_path):
-    groups = [group(7, [[3, 3, 4, 3], [5]]), group(8, [[], [6, 6]])]
-    rewards = np.array([[1.0, np.nan], [0.0, 0.5]], np.float32)
-    texts = [["a\u2028\n'\"", "ü"], ["", "\ud800 torn"]]
+    groups = [group(7, [[3, 3, 4, 3], [5]]), group(8, [[], [6, 6]]), group(9, [[6]])]
+    rewards = np.array([[1.0, np.nan], [0.0, 0.5], [0.25, np.nan]], np.float32)
+    texts = [["a\u2028\n'\"", "ü"], ["", "\ud800 torn"], ["of two, one is left"]]
     with log(tmp_path) as run:
         run.samples(12, groups, rewards, texts)
     content = (tmp_path / "samples" / "step_00000012.jsonl").read_text(encoding="utf-8")
     records = [strict(line) for line in content.split("\n")[:-1]]
     assert "ü" in content  # readable, not escaped
-    assert records == [
+    assert records[:2] == [
         {
             "step": 12,
             "prompt_id": 7,
@@ -258,6 +258,7 @@ def test_samples_tell_text_reward_versions_and_why_it_ended(tmp_path):
             ],
         },
     ]
+    assert [(c["text"], c["reward"]) for c in records[2]["completions"]] == [(texts[2][0], 0.25)]
 
 
 def test_the_closing_lines_say_what_was_reached_where_it_lies_and_how_to_go_on(tmp_path):

@@ -14,7 +14,7 @@ from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
 from jaxrl.sampler import FIRST_STAGE, InProcessEngine, make_score, stages
-from jaxrl.types import Prompt, Sampling
+from jaxrl.types import Prompt, Request, Sampling
 from tests.reference_policy import STOP, VOCAB, logits_of, make_reference, params_of, save_reference
 
 PROMPTS = [
@@ -127,6 +127,24 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(engine):
             assert_same(rollout, again)
     for rollout, again in zip(together[0].rollouts, alone[0].rollouts, strict=True):
         assert_same(rollout, again)
+
+
+def test_what_is_submitted_comes_as_it_is_generated_unless_it_is_cancelled(engine):
+    requests = [Request(prompt, SAMPLED, seed) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    futures = engine.submit(requests)
+    futures[1].cancel()
+    generated = engine.generate(PROMPTS, SAMPLED, SEEDS)
+    for i in (0, 2):
+        group = futures[i].result(timeout=60)
+        assert group.prompt is PROMPTS[i]
+        for rollout, same in zip(group.rollouts, generated[i].rollouts, strict=True):
+            assert_same(rollout, same)
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 3}, {"stop_strings": ("a",)}])
+def test_an_option_that_it_does_not_have_is_refused(engine, option):
+    with pytest.raises(ValueError, match="has no such options"):
+        engine.generate(PROMPTS, dataclasses.replace(SAMPLED, **option), SEEDS)
 
 
 def test_completion_i_is_drawn_with_the_seed_plus_i(engine):

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from jaxrl.ledger import replay
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "arithmetic_inprocess.yaml"
 SMALL = [  # a few seconds, through every part
@@ -176,6 +178,9 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_an_uninterrupted_one(finishe
         np.testing.assert_array_equal(
             tensor, load_file(tmp_path / "run" / "export" / "model.safetensors")[name]
         )
+
+    book = replay(tmp_path / "run" / "ledger.jsonl")
+    assert book.trained == book.dispatched == 6 * 8 * 4 and not book.outstanding
 
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(7))
