@@ -216,7 +216,7 @@ class Collector:
         """The result of `future`; meanwhile the engines are kept at work. Raises as `take`, and
         what `future` does."""
         future.add_done_callback(self._events.put)
-        while not future.done() or future in self._under_way:
+        while not future.done():
             self._hear()
         self._fill()
         return future.result()

@@ -390,6 +390,19 @@ def test_a_publish_that_fails_ends_the_wait(tmp_path):
         made.take(1)
 
 
+def test_a_version_that_was_waited_for_serves_before_the_next_is_on_its_way(tmp_path):
+    engines, published = Hand(), Future()
+    made = collector(tmp_path, engines, mode="continuous")
+    for prompt in (1, 2, 4):
+        engines.end(prompt, 1)
+    made.take(1)
+    made.serve(2, published)
+    assert list(engines.requests) == [1, 2, 4, 5, 7, 8]
+    published.set_result(None)
+    made.until(published)
+    assert list(engines.requests) == [1, 2, 4, 5, 7, 8, 10, 11, 13]
+
+
 def test_what_is_asked_beside_training_is_urgent_and_no_part_of_it(tmp_path):
     engines = Hand()
     made = collector(tmp_path, engines)
