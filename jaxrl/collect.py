@@ -270,9 +270,9 @@ class Collector:
         pending = self._under_way.pop(ended, None)
         if pending is not None:
             self._heard = time.monotonic()
-            pending.group = ended.result()
+            pending.group = group = ended.result()
             if self._pending.get(pending.prompt.id) is pending:
-                pending.deadline = self._next - lag([pending.group], self._next) + self._max_lag
+                pending.deadline = self._next - lag([group], self._next) + self._max_lag
                 self._give_up_late()
         self._fill()
 

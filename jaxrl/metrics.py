@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,14 +38,16 @@ class RunLog:
         resume_step: int,
         tensorboard: bool,
         console: IO[str] | None = None,
+        tell: Callable[[Mapping[str, float]], object] | None = None,
     ) -> None:
         """Args:
         resume_step: the last step that counts, -1 in a new run. What a killed process has
           reported about later steps is removed, since those are trained again.
         console: default: the standard output.
+        tell: who else is to have the numbers of a step.
         """
         self._run_dir, self._steps_total = run_dir, steps_total
-        self._console = console or sys.stdout
+        self._console, self._tell = console or sys.stdout, tell
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._last_time: float | None = None
         self._lines = 0
@@ -70,6 +72,8 @@ class RunLog:
             self._file.write(format_json_line(step, time.time(), numbers))
             self._file.flush()
         self._write_events(step, numbers)
+        if self._tell is not None:
+            self._tell(numbers)
         self.history.add(step, numbers)
         now = time.monotonic()
         if self._last_time is not None:

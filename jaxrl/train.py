@@ -303,10 +303,11 @@ def train(command: Command, hosts: Hosts) -> int:
         hosts.on_interrupt = interrupt.asked_elsewhere
         hosts.announce("run_dir", run_dir.holder)
         # Engines take seconds to start, and Ray forks: both want to be ahead of jax.
-        fleet = None
+        fleet, tell = None, None
         if c.rollout.engine == "vllm":
             print(f"starting {c.vllm.how_many}", flush=True)
             fleet = start_fleet(c, model_dir, decoder)
+            tell = gauges()
             cleanup.callback(fleet.close)
             hosts.at_loss.append(fleet.close)
 
@@ -334,6 +335,7 @@ def train(command: Command, hosts: Hosts) -> int:
                 steps_total=c.run.steps,
                 resume_step=first_step or -1,
                 tensorboard=c.log.tensorboard,
+                tell=tell,
             )
         )
 
@@ -794,6 +796,13 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     )
     fleet.start()
     return fleet
+
+
+def gauges() -> Callable[[Mapping[str, float]], None]:
+    """What shows metrics to Ray, which has been started."""
+    from bridge.gauges import Gauges
+
+    return Gauges().set
 
 
 def connect_bridge(

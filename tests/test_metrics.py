@@ -114,7 +114,8 @@ def test_resuming_drops_samples_of_later_steps(tmp_path):
 
 def test_the_console_line_is_aligned_with_its_header_which_returns_every_20_lines(tmp_path):
     console = io.StringIO()
-    with log(tmp_path, console=console, steps_total=1000) as run:
+    told = []
+    with log(tmp_path, console=console, steps_total=1000, tell=told.append) as run:
         for step in range(1, 46):
             run.step(
                 step,
@@ -125,6 +126,7 @@ def test_the_console_line_is_aligned_with_its_header_which_returns_every_20_line
     headers = [i for i, line in enumerate(printed) if "reward" in line]
     assert headers == [0, 21, 42]
     assert len(printed) == 45 + 3
+    assert len(told) == 45 and told[1]["eval/accuracy"] == 0.375
     assert len({len(line) for line in printed}) == 1
     assert "\x1b" not in console.getvalue()
 
