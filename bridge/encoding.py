@@ -10,10 +10,12 @@ from bridge.wire import ITEM_BYTES, Base, HostChanges, HostTensor, Manifest, Out
 
 Encoding = Literal["auto", "full", "delta"]
 
-# Below this, sending all of a version takes longer than finding and applying what changed; and a
-# version that is there in less than a second is not worth the memory.
+# Below this, sending all of a version takes longer than finding and applying what changed. A version
+# that is there in less than a second is not worth the memory, and how long a small one takes says
+# nothing of the link.
 SLOW_BYTES_PER_S = 2.5e9
 WORTH_S = 1.0
+WORTH_BYTES = 64 << 20
 
 
 @dataclasses.dataclass
@@ -121,4 +123,5 @@ class Encoder:
     def measured(self, nbytes: int, seconds: float) -> None:
         """So many bytes of a whole version were with the engines after so many seconds."""
         if self._auto and not self.deltas:
-            self.deltas = seconds > WORTH_S and nbytes < SLOW_BYTES_PER_S * seconds
+            worth = nbytes >= WORTH_BYTES and seconds > WORTH_S
+            self.deltas = worth and nbytes < SLOW_BYTES_PER_S * seconds

@@ -238,7 +238,13 @@ def test_after_a_failure_the_next_version_is_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("nbytes", "seconds", "then"),
-    [(10**9, 0.9, False), (10**10, 3.9, False), (10**10, 4.1, True), (10**9, 1.1, True)],
+    [
+        (10**9, 0.9, False),
+        (10**10, 3.9, False),
+        (10**10, 4.1, True),
+        (10**9, 1.1, True),
+        (2 * 10**6, 1.1, False),
+    ],
 )
 def test_auto_turns_to_deltas_where_versions_arrive_slowly(tmp_path, nbytes, seconds, then):
     trainer, receiver = Trainer(tmp_path, "auto"), Receiver()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from bridge.schedule import Rank, Schedule
 
 from bridge.engines.vllm import EngineSettings, actor_environment
 from bridge.fleet import Fleet, FleetSettings
+from bridge.schedule import Rank, Schedule
 from jaxrl.types import Prompt, Request, RunError, Sampling
 
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
@@ -47,7 +47,7 @@ class Bare:
         self._llm: Any = LLM(
             directory,
             skip_tokenizer_init=True,
-            dtype=_SETTINGS.dtype,
+            dtype="float32",
             max_model_len=_SETTINGS.max_model_len,
             max_num_seqs=_SETTINGS.max_num_seqs,
             kv_cache_memory_bytes=_SETTINGS.kv_cache_bytes,
@@ -175,13 +175,14 @@ def modes(folder: Path, model: Path) -> None:
     alone = _run(folder, model, data, "alone", "synchronous", 0.0)
     sleep_s = max(0.0, _median(alone, "time/rollout_s") - _median(alone, "time/update_s"))
     print(f"a step of {_RUN_STEPS - _WARM_UP}, with an update that sleeps for {sleep_s:.2f} s")
-    for mode in _MODES:
-        steps = _run(folder, model, data, mode, mode, sleep_s)
-        step_s, update_s = (_median(steps, f"time/{name}_s") for name in ("step", "update"))
-        if mode == "synchronous":
-            longer = max(_median(steps, "time/rollout_s"), update_s)
-        lag = statistics.mean(step["lag/mean"] for step in steps)
-        print(f"  {mode:12s} {step_s:6.2f} s  {step_s / longer:5.2f} x the longer   lag {lag:.2f}")
+    runs = {mode: _run(folder, model, data, mode, mode, sleep_s) for mode in _MODES}
+    apart = runs["synchronous"]
+    longer_s = max(_median(apart, "time/rollout_s"), _median(apart, "time/update_s"))
+    for mode, steps in runs.items():
+        step_s, lag = _median(steps, "time/step_s"), statistics.mean(s["lag/mean"] for s in steps)
+        print(
+            f"  {mode:12s} {step_s:6.2f} s  {step_s / longer_s:5.2f} x the longer   lag {lag:.2f}"
+        )
 
 
 def _run(
