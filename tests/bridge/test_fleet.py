@@ -311,6 +311,7 @@ def test_what_unproven_weights_sampled_is_withheld(scripted):
     fleet = scripted(2, script, max_restarts=1)
     fleet.withdraw("engine-1")
     kept, again = submit(fleet, 1), fleet.submit([Request(prompts(1)[0], SAMPLING, 0)])
+    wait_until(lambda: fleet.status()["fleet/running"] == 4)
     fleet.commit("engine-0", 2, 20.0)
     wait_until(lambda: fleet.status()["fleet/tokens"] == 12)  # in the answer that had them
     assert not kept[0].done() and not again[0].done()
@@ -318,6 +319,7 @@ def test_what_unproven_weights_sampled_is_withheld(scripted):
     assert {int(v) for r in kept[0].result(20).rollouts for v in r.versions} == {2}
     assert samplers([again[0].result(20)]) == {0}
     more = submit(fleet, 1)
+    wait_until(lambda: fleet.status()["fleet/running"] == 2)
     fleet.commit("engine-0", 3, 20.0)
     wait_until(lambda: fleet.status()["fleet/tokens"] == 18)
     fleet.commit("engine-1", 2, 20.0)
