@@ -157,7 +157,8 @@ class Collector:
         self._sampling, self._seed = sampling, c.run.seed
         self._per_step, self._max_lag = c.rollout.prompts_per_step, c.max_lag
         self._too_old, self._straggler_s = c.rollout.too_old, c.rollout.straggler_s
-        self._timeout_s = c.rollout.timeout_s
+        # Longer than an engine may take: what one does not finish, others are given once more.
+        self._timeout_s = 2 * c.rollout.timeout_s
         self._beyond_a_step = c.rollout.mode == "continuous"
         self._next, self._steps = version, steps
         self._serving: int | None = None
@@ -184,7 +185,7 @@ class Collector:
         rollout.too_old has it.
 
         Raises:
-          RunError: no group ended in rollout.timeout_s, or engines break their promises.
+          RunError: no group ended in twice rollout.timeout_s, or engines break their promises.
           EnginesGone: see `Engines.submit`.
         """
         self._next = version
@@ -263,7 +264,7 @@ class Collector:
         except queue.Empty:
             named = ", ".join(str(p.prompt.id) for p in list(self._under_way.values())[:_NAMED])
             raise RunError(
-                f"no group was finished in {self._timeout_s:g} s (rollout.timeout_s) while "
+                f"no group was finished in {self._timeout_s:g} s (twice rollout.timeout_s) while "
                 f"{len(self._under_way)} are under way, prompts {named}, ...: the engines hang, or "
                 "need longer for one than that"
             ) from None

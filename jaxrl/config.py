@@ -145,7 +145,8 @@ class RolloutSection(Section):
     )
     timeout_s: float = knob(
         600.0,
-        "deadline for one group to be finished while some are sampled",
+        "deadline for an engine to sample a group it was given: one that is late is replaced, and "
+        "others sample it. Twice as long without any finished group ends the run",
         unit="seconds",
         gt=0.0,
     )
