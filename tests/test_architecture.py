@@ -55,6 +55,8 @@ LAYERS = [  # a module imports only from rows above its own
     ],
     ["bridge.engines.weight_transfer", "bridge.engines.plugin", "bridge.publisher"],
     ["bridge.engines.vllm"],
+    ["bridge.engines.servers"],
+    ["bridge.engines.http"],
     ["bridge.roster", "bridge.schedule", "bridge.gauges"],
     ["bridge.requests"],
     ["bridge.fleet"],
@@ -114,6 +116,8 @@ NEVER_REACHES = {  # directly or through others
     "bridge.roster": HEAVY,
     "bridge.schedule": HEAVY,
     "bridge.requests": HEAVY,
+    "bridge.engines.servers": HEAVY,
+    "bridge.engines.http": HEAVY,
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
 JOINS_THE_HALVES = {"jaxrl.train"}

@@ -352,7 +352,7 @@ class VllmEngine:
                     f"{self._name}: weight version {self._version} was not examined within "
                     f"{deadline_s:g} s; give it longer"
                 )
-            return _merged(reports)
+            return merged(reports)
 
     async def _examined(self, end: float) -> list[Any]:
         """The workers' reports; None for one that was not ready at `end`."""
@@ -551,7 +551,7 @@ class VllmEngine:
             )
 
 
-def _merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of the workers' own (see Examination.work): of each tensor the worst is said."""
     wrong: dict[str, str] = {}
     for rank, report in enumerate(reports):
