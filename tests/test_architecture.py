@@ -39,7 +39,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.placing", "bridge.compare"],
     ["jaxrl.rewards.tasks"],
     ["jaxrl.rewards", "jaxrl.collect", "bridge.checkpoints", "bridge.export", "bridge.peft"],
-    ["jaxrl.update", "jaxrl.sampler", "bridge.channels.layout"],
+    ["jaxrl.update", "jaxrl.sampler", "bridge.channels.layout", "bridge.generate"],
     [
         "bridge.channels.object_store",
         "bridge.channels.shuttle",
@@ -118,6 +118,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.requests": HEAVY,
     "bridge.engines.servers": HEAVY,
     "bridge.engines.http": HEAVY,
+    "bridge.generate": HEAVY,
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
 JOINS_THE_HALVES = {"jaxrl.train"}
