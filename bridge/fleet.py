@@ -63,6 +63,7 @@ class Fleet:
         expected: Expected,
         warn: Callable[[str], None] = print,
         engine_class: type = VllmEngine,
+        servers: Sequence[Any] = (),
     ):
         """Nothing starts yet.
 
@@ -72,13 +73,15 @@ class Fleet:
           expected: see VllmEngine.stage.
           warn: is told which engines are replaced, and which are not.
           engine_class: has the methods of VllmEngine, and is made from a name, settings and model.
+          servers: ServerSettings of each server that is an engine (`bridge.engines.http`); they are
+            the first of `max_engines`.
         """
         self._settings = settings
         several = isinstance(engine_settings, Sequence)
         self._engine_settings = list(engine_settings) if several else [engine_settings]
         self._model = model if isinstance(model, str) else dict(model)
         self._expected = _plain(expected)
-        self._warn, self._engine_class = warn, engine_class
+        self._warn, self._engine_class, self._servers = warn, engine_class, list(servers)
         self.newcomers: Callable[[str], None] | None = None  # told who came up after `wait_ready`
         self._roster, self._requests = Roster(), Requests()
         self._owns_ray = False
@@ -158,6 +161,18 @@ class Fleet:
             self._end(self._roster.find(name), f"{name} was removed", replace=False)
 
     def _launch(self, slot: int) -> Engine:
+        before = len(self._roster.of_slot(slot))
+        name = f"engine-{slot}.{before}" if before else f"engine-{slot}"
+        if slot < len(self._servers):
+            actor = self._actor_of_server(name, self._servers[slot])
+        else:
+            actor = self._actor(name, slot - len(self._servers))
+        # Answered as soon as there is a process, for which Ray may have to wait for room.
+        engine = Engine(name, slot, actor, pending=actor.acknowledged.remote())
+        self._roster.add(engine)
+        return engine
+
+    def _actor(self, name: str, index: int) -> Any:
         settings = self._settings
         actor_class: Any = ray.remote(self._engine_class).options(
             num_cpus=settings.cpus_per_engine,
@@ -165,14 +180,14 @@ class Fleet:
             runtime_env={"env_vars": actor_environment(settings.gpus_per_engine == 0)},
             max_restarts=0,  # by Ray, which knows nothing of versions
         )
-        before = len(self._roster.of_slot(slot))
-        name = f"engine-{slot}.{before}" if before else f"engine-{slot}"
-        engine_settings = self._engine_settings[slot % len(self._engine_settings)]
-        actor = actor_class.remote(name, engine_settings, self._model)
-        # Answered as soon as there is a process, for which Ray may have to wait for room.
-        engine = Engine(name, slot, actor, pending=actor.acknowledged.remote())
-        self._roster.add(engine)
-        return engine
+        engine_settings = self._engine_settings[index % len(self._engine_settings)]
+        return actor_class.remote(name, engine_settings, self._model)
+
+    def _actor_of_server(self, name: str, server: Any) -> Any:
+        from bridge.engines.http import HttpEngine
+
+        actor_class: Any = ray.remote(HttpEngine).options(num_cpus=0, max_restarts=0)
+        return actor_class.remote(name, server, self._model)
 
     def _connect(self) -> None:
         if ray.is_initialized():

@@ -158,11 +158,16 @@ class EngineRange(Section):
 
 
 class VllmSection(Section):
-    engines: Annotated[int, Field(ge=1)] | EngineRange = knob(
+    engines: Annotated[int, Field(ge=0)] | EngineRange = knob(
         1,
         "vLLM engines, each one Ray actor; {min: A, max: B}: the run starts with A of them, and "
         "the others join when the cluster has room",
         unit="engines",
+    )
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]] = knob(
+        [],
+        "URLs, http://HOST:PORT, of vLLM or SGLang servers that run already (docs/engines.md): "
+        "engines beside those of vllm.engines, which may be 0 then",
     )
     dtype: EngineDtype | Annotated[list[EngineDtype], Field(min_length=1)] = knob(
         "auto",
@@ -212,16 +217,21 @@ class VllmSection(Section):
 
     @property
     def min_engines(self) -> int:
-        return self.engines if isinstance(self.engines, int) else self.engines.min
+        """Servers included."""
+        own = self.engines if isinstance(self.engines, int) else self.engines.min
+        return own + len(self.servers)
 
     @property
     def max_engines(self) -> int:
-        return self.engines if isinstance(self.engines, int) else self.engines.max
+        """Servers included."""
+        own = self.engines if isinstance(self.engines, int) else self.engines.max
+        return own + len(self.servers)
 
     @property
     def how_many(self) -> str:
         several = "" if self.min_engines == self.max_engines else f" to {self.max_engines}"
-        return f"{self.min_engines}{several} vLLM engine(s)"
+        servers = f", {len(self.servers)} of them servers," if self.servers else ""
+        return f"{self.min_engines}{several} vLLM engine(s){servers}"
 
 
 class AlgorithmSection(Section):
@@ -583,9 +593,28 @@ def _contradictions_of_rollouts(c: Config) -> list[str]:
             f"rollout.too_old = {c.rollout.too_old} with rollout.mode = {mode}: nothing is ever "
             "too old there; leave it out, or set rollout.mode = continuous"
         )
+    found += _contradictions_of_servers(c)
     if c.vllm.min_engines > c.vllm.max_engines:
         found.append(
             f"vllm.engines: min = {c.vllm.min_engines} is more than max = {c.vllm.max_engines}"
+        )
+    return found
+
+
+def _contradictions_of_servers(c: Config) -> list[str]:
+    if not c.vllm.servers:
+        nobody = c.vllm.engines == 0 and c.rollout.engine == "vllm"
+        return ["vllm.engines = 0 without vllm.servers: nobody would sample"] if nobody else []
+    found = []
+    if "shuttle" not in (c.publish.channel, c.publish.fallback):
+        found.append(
+            "vllm.servers reads weights from the shuttle alone: set publish.channel = shuttle, or "
+            "publish.fallback = shuttle where other engines use the object store"
+        )
+    if c.lora.rank:
+        found.append(
+            f"lora.rank = {c.lora.rank} with vllm.servers: adapters are not brought to servers; "
+            "use vllm.engines, or train all weights"
         )
     return found
 

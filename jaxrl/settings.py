@@ -273,7 +273,7 @@ def _explain(item: Any) -> str:
     key = ".".join(location)
     kind, value = item["type"], item.get("input")
     if key.startswith("vllm.engines."):
-        return "vllm.engines: expected a number of at least 1, or {min: A, max: B} with two such"
+        return "vllm.engines: expected a number, or {min: A, max: B} with two of at least 1"
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(location)}"
     if kind == "missing":

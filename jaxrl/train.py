@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
 
     from bridge.channels import Shipment
     from bridge.encoding import Shadow
+    from bridge.engines.http import ServerSettings
     from bridge.export import Exporter
     from bridge.fleet import Fleet
     from bridge.publisher import Score
@@ -793,9 +794,22 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
         engine_files(model_dir),
         expected_tensors(trained, c.wire_dtype),
         warn,
+        servers=servers(c),
     )
     fleet.start()
     return fleet
+
+
+def servers(c: Config) -> list[ServerSettings]:
+    if not c.vllm.servers:
+        return []
+    try:
+        from bridge.engines.http import ServerSettings
+    except ImportError as error:
+        raise UserError(
+            f"vllm.servers needs aiohttp ({error}): install the extra servers"
+        ) from None
+    return [ServerSettings(url=url) for url in c.vllm.servers]
 
 
 def gauges() -> Callable[[Mapping[str, float]], None]:

@@ -368,7 +368,8 @@ def test_a_group_that_is_late_is_cancelled_at_its_engine(tmp_path):
 def test_a_wait_has_a_deadline_and_says_for_what_it_waited(tmp_path):
     made = collector(tmp_path, Hand(), timeout_s=0.05)
     with pytest.raises(
-        RunError, match=r"0\.1 s \(twice rollout\.timeout_s\) while 3 are under way, prompts 1, 2, 4"
+        RunError,
+        match=r"0\.1 s \(twice rollout\.timeout_s\) while 3 are under way, prompts 1, 2, 4",
     ):
         made.take(1)
 

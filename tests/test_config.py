@@ -156,6 +156,12 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
         ),
         ({"eval__top_p": 0.5}, ["eval.top_p = 0.5", "set eval.temperature"]),
         ({"vllm__engines": {"min": 3, "max": 2}}, ["vllm.engines: min = 3 is more than max = 2"]),
+        ({"vllm__engines": 0}, ["vllm.engines = 0 without vllm.servers"]),
+        ({"vllm__servers": ["http://a:1"]}, ["set publish.channel = shuttle"]),
+        (
+            {"vllm__servers": ["http://a:1"], "publish__fallback": "shuttle", "lora__rank": 2},
+            ["lora.rank = 2", "use vllm.engines"],
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_told_with_the_way_out(tmp_path, changes, words):
@@ -220,16 +226,24 @@ def test_a_task_argument_of_no_known_type_is_one_problem(tmp_path):
     assert line.startswith("data.task_args.a: expected a number, text, true, false")
 
 
-@pytest.mark.parametrize("value", [0, "two", {"min": 1}, {"min": 0, "max": 2}, {"least": 1}])
+@pytest.mark.parametrize("value", [-1, "two", {"min": 1}, {"min": 0, "max": 2}, {"least": 1}])
 def test_engines_that_are_neither_a_number_nor_a_range_are_one_problem(tmp_path, value):
     (line,) = problems(tmp_path, tree(vllm__engines=value))
-    assert line.startswith("vllm.engines: expected a number of at least 1, or {min: A, max: B}")
+    assert line.startswith("vllm.engines: expected a number, or {min: A, max: B}")
 
 
 def test_engines_are_a_number_or_a_range(tmp_path):
     for value, expected in ((3, (3, 3)), ({"min": 2, "max": 5}, (2, 5))):
         vllm = load_tree(tmp_path, tree(vllm__engines=value)).vllm
         assert (vllm.min_engines, vllm.max_engines) == expected
+
+
+def test_servers_are_engines_too(tmp_path):
+    changes = {"vllm__servers": ["http://a:1", "http://b:2"], "publish__channel": "shuttle"}
+    vllm = load_tree(tmp_path, tree(vllm__engines=0, **changes)).vllm
+    assert (vllm.min_engines, vllm.max_engines) == (2, 2)
+    (line,) = problems(tmp_path, tree(vllm__servers=["a:1"], publish__channel="shuttle"))
+    assert line.startswith("vllm.servers")
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,11 @@ def scripted(ray_cluster, monkeypatch, warnings, pids, made):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
 
-    def make(engines, script, engine=ScriptedEngine, serving=1, **settings):
+    def make(engines, script, engine=ScriptedEngine, serving=1, servers=(), **settings):
         settings = {"min_engines": engines, "max_engines": engines, "max_restarts": 0} | settings
         model = {"script": json.dumps(script).encode()}
-        fleet = Fleet(FleetSettings(**settings), None, model, [], warnings.append, engine)
+        settings = FleetSettings(**settings)
+        fleet = Fleet(settings, None, model, [], warnings.append, engine, servers)
         made.append(fleet)
         fleet.start()
         pids[:] = [info["pid"] for info in fleet.wait_ready()]
@@ -653,3 +654,22 @@ def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engi
     finally:
         fleet.close()
     assert "\n" not in str(refusal.value)
+
+
+class ScriptedServer(ScriptedEngine):
+    def __init__(self, name, settings, model):
+        super().__init__(name, settings, model)
+        self.url = settings
+
+    async def start(self):
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+        return await super().start() | {"url": self.url, "cpus": cpus}
+
+
+def test_servers_are_the_first_engines_and_take_no_cpu(scripted, monkeypatch):
+    monkeypatch.setattr("bridge.engines.http.HttpEngine", ScriptedServer)
+    fleet = scripted(3, {}, servers=["http://a:1", "http://b:2"])
+    infos = {info["name"]: info for info in fleet.wait_ready()}
+    assert [infos[f"engine-{i}"].get("url") for i in range(3)] == ["http://a:1", "http://b:2", None]
+    assert [infos[f"engine-{i}"].get("cpus") for i in range(2)] == [0, 0]
+    assert {group.engine for group in generate(fleet, 12)} == set(infos)
