@@ -11,8 +11,8 @@ from bridge.wire import ITEM_BYTES, Base, HostChanges, HostTensor, Manifest, Out
 Encoding = Literal["auto", "full", "delta"]
 
 # Below this, sending all of a version takes longer than finding and applying what changed. One that
-# is there in less than a second is not worth the memory, and how long a small one takes says nothing
-# of the link.
+# is there in less than a second is not worth the memory; how long a small one takes says nothing of
+# the link.
 SLOW_BYTES_PER_S = 2.5e9
 WORTH_S = 1.0
 WORTH_BYTES = 64 << 20
