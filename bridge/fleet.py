@@ -83,7 +83,7 @@ class Fleet:
         self._expected = _plain(expected)
         self._warn, self._engine_class, self._servers = warn, engine_class, list(servers)
         self.newcomers: Callable[[str], None] | None = None  # told who came up after `wait_ready`
-        self._roster, self._requests = Roster(), Requests()
+        self._roster, self._requests = Roster(settings.min_engines), Requests()
         self._owns_ray = False
         self._running = False  # only what has been ready once is worth another try
         self._start_by = 0.0  # for the first `min_engines`; on the monotonic clock
@@ -91,7 +91,6 @@ class Fleet:
         self._changed = threading.Condition(threading.RLock())
         self._depth = 0  # of changes within changes
         self._now = 0.0  # seconds, on a watch that stands still while this process does
-        self._enough_at = 0.0  # when there were engines enough, or one more came up
         self._floor = 0  # no request may be sampled by older weights
         self._broken = ""  # why the thread ended
         self._closing = threading.Event()
@@ -494,7 +493,7 @@ class Fleet:
         engine.is_up(info, self._now)
         engine.pending = engine.actor.poll.remote(_POLL_S)
         self._requests.schedule.join(engine.name, info["max_num_seqs"])
-        self._enough_at = self._now
+        self._roster.enough_at = self._now
         if self._running and self.newcomers is not None:
             begun(self.newcomers, engine.name)
 
@@ -522,22 +521,12 @@ class Fleet:
             busy = bool(self._requests.schedule.has(engine.name))
             if why := engine.trouble(self._now, busy, settings.suspect_s, settings.silence_s):
                 self._end(engine, f"{why}: {self._doing(engine)}")
-        if not self._lacking():
-            self._enough_at = self._now
+        self._roster.looked_at(self._now)
 
     def _doing(self, engine: Engine) -> str:
         if engine.state is EngineState.STARTING:
             return "starting"
         return f"sampling {len(self._requests.schedule.has(engine.name))} prompts"
-
-    def _lacking(self) -> str:
-        """What keeps requests from ever being served, unless it changes."""
-        up, starting = self._roster.up, self._roster.starting
-        if len(up) < self._settings.min_engines:
-            return f"{len(up)} engines were up, fewer than {self._settings.min_engines}"
-        if not starting and not any(engine.serves for engine in up):
-            return "no engine was admitted"
-        return ""
 
     def _why_gone(self) -> str:
         """Why requests are not waited for any longer, or nothing."""
@@ -546,7 +535,7 @@ class Fleet:
             return self._broken
         if all(engine.ended for engine in self._roster):
             why = "no engine is left"
-        elif self._now - self._enough_at > timeout_s and (lacking := self._lacking()):
+        elif lacking := self._roster.lacking_for(timeout_s, self._now):
             why = f"for {timeout_s:g} s {lacking}"
         else:
             return ""

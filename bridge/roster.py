@@ -148,8 +148,11 @@ class Engine:
 class Roster:
     """The engines of a run, by name; those that ended too."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        """`least` engines must be up, or requests will not be waited for."""
         self._engines: dict[str, Engine] = {}
+        self._least = least
+        self.enough_at = 0.0  # when there were engines enough, or one more came up
 
     def __getitem__(self, name: str) -> Engine:
         return self._engines[name]
@@ -212,3 +215,19 @@ class Roster:
         """The oldest version that any engine which serves was admitted at last."""
         served = (e.admitted_at for e in self if e.serves)
         return min((version for version in served if version is not None), default=None)
+
+    def looked_at(self, now: float) -> None:
+        """Notes whether there are engines enough."""
+        if not self._lacking():
+            self.enough_at = now
+
+    def lacking_for(self, timeout_s: float, now: float) -> str:
+        """What has kept requests from being served for longer than `timeout_s`, or nothing."""
+        return self._lacking() if now - self.enough_at > timeout_s else ""
+
+    def _lacking(self) -> str:
+        if len(self.up) < self._least:
+            return f"{len(self.up)} engines were up, fewer than {self._least}"
+        if not self.starting and not any(engine.serves for engine in self.up):
+            return "no engine was admitted"
+        return ""

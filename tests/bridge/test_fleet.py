@@ -276,7 +276,7 @@ def test_when_none_is_left_the_error_says_why(scripted):
 
 def test_a_request_at_fault_costs_no_engine(scripted):
     script = {"engine-0": {"generate": "error"}, "engine-1": {"generate": "refuse"}}
-    fleet = scripted(2, script)
+    fleet = scripted(2, script, max_restarts=1)
     with pytest.raises(FleetError, match="engine-1: too long"):
         generate(fleet, 4)
     fleet.withdraw("engine-1")
@@ -397,7 +397,7 @@ def test_an_engine_without_room_is_waited_for_and_not_late(scripted, made):
     time.sleep(1)  # nobody ended it for that
     assert fleet.failures == {}
     fleet.remove("engine-0")
-    assert fleet.wait_members() == ["engine-1"]
+    assert fleet.wait_members() == ["engine-1"] and fleet.wait_members() == []
 
 
 def test_an_engine_that_refuses_a_version_serves_on(scripted):

@@ -128,6 +128,25 @@ def test_the_oldest_version_served_is_that_of_the_slowest_that_will_serve():
     assert roster.oldest_served() == 2 and not b.serves
 
 
+def test_requests_are_waited_for_while_engines_can_still_come():
+    roster, a, b = Roster(least=2), engine("a", 0), engine("b", 1)
+    for one in (a, b):
+        roster.add(one)
+    roster.looked_at(now=100.0)
+    b.advance(EngineState.DEAD)
+    roster.looked_at(now=101.0)
+    assert roster.lacking_for(8.0, now=108.0) == ""
+    assert roster.lacking_for(8.0, now=108.1) == "1 engines were up, fewer than 2"
+    c = Engine("c", 1)
+    roster.add(c)
+    c.is_up(INFO, now=120.0)
+    roster.looked_at(now=120.0)
+    a.withdraw()
+    assert roster.lacking_for(8.0, now=129.0) == "no engine was admitted"
+    roster.add(Engine("d", 2))
+    assert roster.lacking_for(8.0, now=129.0) == ""  # it may be
+
+
 @given(st.lists(st.sampled_from(["up", "commit", "admit", "withdraw", "answer", "look", "end"])))
 @settings(max_examples=100, deadline=None)
 def test_only_an_admitted_engine_ever_gets_requests(events):
