@@ -39,7 +39,8 @@ _LONG_TURN_S = 1.0  # what a turn counts at most: a driver that was stopped find
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    min_engines: int = 1  # that a run begins with, and cannot long be without
+    min_engines: int = 1  # that a run begins with
+    keep_engines: int = 1  # of these, that it cannot long be without
     max_engines: int = 1  # that are started; those that Ray has no room for yet come later
     cpus_per_engine: float = 1
     gpus_per_engine: float = 0
@@ -83,7 +84,7 @@ class Fleet:
         self._expected = _plain(expected)
         self._warn, self._engine_class, self._servers = warn, engine_class, list(servers)
         self.newcomers: Callable[[str], None] | None = None  # told who came up after `wait_ready`
-        self._roster, self._requests = Roster(settings.min_engines), Requests()
+        self._roster, self._requests = Roster(settings.keep_engines), Requests()
         self._owns_ray = False
         self._running = False  # only what has been ready once is worth another try
         self._start_by = 0.0  # for the first `min_engines`; on the monotonic clock
@@ -412,7 +413,8 @@ class Fleet:
         engine did not finish goes to the others with the same seeds.
 
         Futures raise EnginesGone if no engine is left, or for `start_timeout_s` fewer than
-        `min_engines` were up or none was admitted; FleetError if no engine would serve the request.
+        `keep_engines` were up or none was admitted; FleetError if no engine would serve the
+        request.
         """
         with self._changing():
             self._floor = max(self._floor, self._roster.oldest_served() or 0)

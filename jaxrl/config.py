@@ -160,8 +160,9 @@ class EngineRange(Section):
 class VllmSection(Section):
     engines: Annotated[int, Field(ge=0)] | EngineRange = knob(
         1,
-        "vLLM engines, each one Ray actor; {min: A, max: B}: the run starts with A of them, and "
-        "the others join when the cluster has room",
+        "vLLM engines, each one Ray actor: a run starts with all, and goes on with what is left. "
+        "{min: A, max: B}: it starts with A, the others join when the cluster has room, and fewer "
+        "than A for start_timeout_s end it",
         unit="engines",
     )
     servers: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]] = knob(
@@ -220,6 +221,11 @@ class VllmSection(Section):
         """Servers included."""
         own = self.engines if isinstance(self.engines, int) else self.engines.min
         return own + len(self.servers)
+
+    @property
+    def keep_engines(self) -> int:
+        """That a run cannot long be without: of a plain number of engines, one."""
+        return 1 if isinstance(self.engines, int) else self.min_engines
 
     @property
     def max_engines(self) -> int:

@@ -768,6 +768,7 @@ def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     fleet = Fleet(
         FleetSettings(
             min_engines=c.vllm.min_engines,
+            keep_engines=c.vllm.keep_engines,
             max_engines=c.vllm.max_engines,
             cpus_per_engine=c.vllm.cpus_per_engine,
             gpus_per_engine=c.vllm.gpus_per_engine,

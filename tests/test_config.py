@@ -233,9 +233,9 @@ def test_engines_that_are_neither_a_number_nor_a_range_are_one_problem(tmp_path,
 
 
 def test_engines_are_a_number_or_a_range(tmp_path):
-    for value, expected in ((3, (3, 3)), ({"min": 2, "max": 5}, (2, 5))):
+    for value, expected in ((3, (3, 1, 3)), ({"min": 2, "max": 5}, (2, 2, 5))):
         vllm = load_tree(tmp_path, tree(vllm__engines=value)).vllm
-        assert (vllm.min_engines, vllm.max_engines) == expected
+        assert (vllm.min_engines, vllm.keep_engines, vllm.max_engines) == expected
 
 
 def test_servers_are_engines_too(tmp_path):

@@ -373,7 +373,8 @@ def test_requests_wait_for_engines_and_not_for_ever(scripted):
 
 
 def test_a_fleet_too_small_for_too_long_is_gone(scripted):
-    fleet = scripted(2, {"engine-1": {"commit": "die"}}, start_timeout_s=8.0)
+    script = {"engine-1": {"commit": "die"}}
+    fleet = scripted(2, script, keep_engines=2, start_timeout_s=8.0)
     lose(fleet, "engine-1")
     fleet.commit("engine-0", 2, 20.0)  # and nobody admits it
     with pytest.raises(EnginesGone, match=r"1 engines were up, fewer than 2: engine-1 died"):
