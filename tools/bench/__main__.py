@@ -9,6 +9,7 @@
     python -m tools.bench convert     files -> sharded parameters, and tensors -> files
     python -m tools.bench publish     parameters -> both channels -> staged in --workers
     python -m tools.bench load        a version -> a vLLM engine, beside vLLM's reload of its own
+    python -m tools.bench fleet       the engines: beside vLLM, shared prompts, recovery, modes
     python -m tools.bench delta       what changed in a tensor: compared, packed, applied, merged
 
 The first four do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
@@ -32,7 +33,10 @@ def main() -> int:
         prog="python -m tools.bench", description="Times a step of GRPO and its parts here"
     )
     add = parser.add_argument
-    add("what", choices=[*FIXED, "update", "sampler", "convert", "publish", "load", "delta"])
+    add(
+        "what",
+        choices=[*FIXED, "update", "sampler", "convert", "publish", "load", "delta", "fleet"],
+    )
     add("--size", choices=["s", "m"], default="s", help="s: 4 layers of 256; m: 8 layers of 512")
     add("--prompts", type=_count, default=8)
     add("--prompt-tokens", type=_count, default=16)
@@ -67,6 +71,11 @@ def main() -> int:
             from tools.bench.load import bench_load
 
             bench_load(options.gigabytes or 1, options.repeat)
+            return 0
+        if options.what == "fleet":
+            from tools.bench.fleet import bench_fleet
+
+            bench_fleet(options.repeat)
             return 0
         if options.what not in FIXED:
             from tools.bench import parts

@@ -1,14 +1,16 @@
-"""The fleet on this machine: beside vLLM's own batch API, with prompts shared and not, in each mode
-of a run, and with 64 engines that sample nothing."""
+"""The fleet on this machine: beside vLLM's own batch API, with prompts shared and not, with engines
+that are lost, in each mode of a run, and with 64 engines that sample nothing."""
 
 import functools
 import heapq
 import json
+import os
 import shutil
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +35,7 @@ _SETTINGS = EngineSettings(
     load_format="auto",
 )
 _TIMEOUT_S = 600.0
+_SILENCE_S = 5.0
 _MODES = {"synchronous": 0, "overlap": 1, "continuous": 2}  # with their max_lag
 _RUN_STEPS, _WARM_UP = 14, 4
 _ENGINES, _SEQS, _REQUESTS = 64, 256, 40_000
@@ -88,6 +91,7 @@ def bench_fleet(repeat: int) -> None:
         model = write_model(Path(folder) / "model")
         with _fleet(model) as fleet:
             beside_vllm(fleet, model, repeat)
+        recovery(model)
         modes(Path(folder), model)
 
 
@@ -111,9 +115,15 @@ def write_model(directory: Path) -> Path:
 
 
 @contextmanager
-def _fleet(model: Path) -> Any:
-    settings = FleetSettings(min_engines=1, max_engines=1)
-    fleet = Fleet(settings, _SETTINGS, str(model), [])
+def _fleet(model: Path, engines: int = 1, **settings: Any) -> Iterator[Fleet]:
+    """Engines that serve what they loaded from `model`, late ones too."""
+    fleet = Fleet(
+        FleetSettings(min_engines=engines, max_engines=engines, **settings),
+        _SETTINGS,
+        str(model),
+        [],
+    )
+    fleet.newcomers = lambda name: fleet.admit(name, 0)
     fleet.start()
     try:
         fleet.wait_ready()
@@ -165,6 +175,43 @@ def _sample(fleet: Fleet, prompts: list[list[int]], new: int, round_: int) -> in
     futures = fleet.submit([Request(p, sampling, 8 * p.id + round_) for p in asked])
     groups = [future.result(_TIMEOUT_S) for future in futures]
     return sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+
+
+def recovery(model: Path) -> None:
+    """One of two engines is killed, then one stopped, while both sample."""
+    for deed in (signal.SIGKILL, signal.SIGSTOP):
+        with _fleet(model, engines=2, silence_s=_SILENCE_S) as fleet:
+            _lose_one(fleet, deed)
+
+
+def _lose_one(fleet: Fleet, deed: signal.Signals) -> None:
+    pids = {info["name"]: info["pid"] for info in fleet.wait_ready()}
+    victim = fleet.serving[0]
+    asked = [Prompt(i, "", (5, 6, 7, 8), {}) for i in range(256)]
+    sampling = Sampling(8, 128, 1.0, ())
+    futures = fleet.submit([Request(prompt, sampling, 8 * prompt.id) for prompt in asked])
+    futures[0].result(_TIMEOUT_S)
+    start = time.perf_counter()
+    os.kill(pids[victim], deed)
+    noticed_s = _seconds_until(lambda: victim not in fleet.alive, start)
+    elsewhere_s = _seconds_until(lambda: fleet.status()["fleet/requeued"] > 0, start)
+    back_s = _seconds_until(lambda: len(fleet.serving) == 2, start)
+    (other,) = (info for info in fleet.wait_ready() if info["name"].startswith(f"{victim}."))
+    groups = [future.result(_TIMEOUT_S) for future in futures]
+    lost = sum(len(group.rollouts) != sampling.n for group in groups)
+    print(
+        f"{deed.name}: noticed after {noticed_s:.1f} s, its requests were others' after "
+        f"{elsewhere_s:.1f} s, the one in its place served after {back_s:.1f} s, of which vLLM's "
+        f"start took {other['seconds']:.1f} s; {lost} of {len(groups)} groups lost"
+    )
+
+
+def _seconds_until(true: Callable[[], bool], start: float) -> float:
+    while not true():
+        if time.perf_counter() - start > _TIMEOUT_S:
+            raise RunError(f"the fleet did not recover within {_TIMEOUT_S:g} s")
+        time.sleep(0.02)
+    return time.perf_counter() - start
 
 
 def modes(folder: Path, model: Path) -> None:
