@@ -60,6 +60,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.roster", "bridge.schedule", "bridge.gauges"],
     ["bridge.requests"],
     ["bridge.fleet"],
+    ["jaxrl.learner"],
     ["jaxrl.train"],
 ]
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
@@ -121,7 +122,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.generate": HEAVY,
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
-JOINS_THE_HALVES = {"jaxrl.train"}
+JOINS_THE_HALVES = {"jaxrl.learner", "jaxrl.train"}
 
 
 def module_name(path: Path) -> str:

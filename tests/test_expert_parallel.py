@@ -11,13 +11,13 @@ import pytest
 from bridge.checkpoints import load_params, save_model
 from bridge.export import Exporter
 from jaxrl.config import MeshSection
+from jaxrl.learner import check_mesh
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
 from jaxrl.models.config import DecoderConfig, MoeConfig
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs, tree_of
 from jaxrl.models.rope import Rope
 from jaxrl.sampler import InProcessEngine
-from jaxrl.train import check_mesh
 from jaxrl.types import Prompt, Sampling, UserError
 
 CONFIG = DecoderConfig(

@@ -211,8 +211,8 @@ def weights_of(stored: Stored, policy: PolicyFacts, merged: bool = True) -> Weig
 
 def _merged(stored: Stored, policy: PolicyFacts, lora: LoraConfig, adapters: Weights) -> Weights:
     from bridge.checkpoints import load_params
+    from jaxrl.learner import FROZEN_DTYPE
     from jaxrl.models.lora import fingerprint, merged_params, with_adapters
-    from jaxrl.train import FROZEN_DTYPE
 
     specs = param_specs(policy.decoder)
     # As the run held them: in another dtype they would be other weights than it trained beside.

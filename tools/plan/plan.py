@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from jaxrl.config import Config
+from jaxrl.learner import check_lengths
 from jaxrl.model_dir import find_model
 from jaxrl.models.config import load_config
 from jaxrl.settings import revise
-from jaxrl.train import check_lengths
 from tools.plan import report
 from tools.plan.estimate import (
     DELTA_SHARE,

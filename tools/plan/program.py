@@ -64,8 +64,8 @@ def prepare(c: Config, decoder: DecoderConfig, target: Target) -> Setup:
     import jax
     import jax.numpy as jnp
 
+    from jaxrl.learner import FROZEN_DTYPE, lora_config, make_policy
     from jaxrl.mesh import make_mesh, param_shardings, row_shards
-    from jaxrl.train import FROZEN_DTYPE, lora_config, make_policy
     from jaxrl.update import abstract_state, make_optimizer
 
     lora = lora_config(c)

@@ -1,0 +1,254 @@
+"""The policy on its mesh, and what is compiled for it. All processes of a run have one."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxrl.config import Config
+from jaxrl.types import TrainBatch, UserError
+
+if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
+    from jax.sharding import Mesh
+
+    from bridge.encoding import Shadow
+    from bridge.export import Exporter
+    from bridge.publisher import Score
+    from bridge.wire import HostTensor
+    from jaxrl.hosts import Hosts
+    from jaxrl.models.config import DecoderConfig, LoraConfig
+    from jaxrl.models.decoder import Params, Policy
+    from jaxrl.models.params import ParamSpec
+    from jaxrl.models.params import Path as ParamPath
+    from jaxrl.rundir import RunDir
+    from jaxrl.update import Metrics, TrainState, Update
+
+FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
+
+
+def open_model(c: Config) -> tuple[Path, DecoderConfig]:
+    from jaxrl.model_dir import find_model
+    from jaxrl.models.config import load_config
+    from jaxrl.models.params import trained_specs
+
+    model_dir = find_model(c.model.path)
+    decoder = load_config(model_dir, c.model.ignore_config_fields)
+    check_lengths(c, decoder)
+    check_mesh(c, decoder)
+    trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
+    return model_dir, decoder
+
+
+@dataclass
+class Learner:
+    """The policy on its mesh, and what is compiled for it. All processes call these together."""
+
+    policy: Policy
+    lora: LoraConfig | None
+    specs: dict[ParamPath, ParamSpec]  # of the whole policy
+    trained: dict[ParamPath, ParamSpec]  # of what trains: the whole policy, or adapters
+    mesh: Mesh
+    kept_whole: list[str]  # what the mesh does not divide
+    frozen: Params | None  # with adapters: the weights beside them
+    frozen_fingerprint: int
+    state: TrainState
+    update: Update
+    score: Score
+    export: Exporter | LedExporter  # of what trains, for every publish
+    export_frozen: Exporter | LedExporter  # of the weights beside adapters
+    export_merged: Callable[[Params], list[HostTensor]]  # of the whole policy, from what trains
+
+    def save(self, params: Params, model_path: str, model_dir: Path, run_dir: RunDir) -> None:
+        """What the run was for: a Hugging Face directory, and of adapters a PEFT one as well."""
+        from bridge.checkpoints import save_model
+        from bridge.peft import adapter_config, save_adapter
+
+        if self.lora is not None:
+            settings = adapter_config(self.lora, self.trained, model_path)
+            save_adapter(self.export(params), settings, run_dir.adapter)
+        save_model(self.export_merged(params), model_dir, run_dir.export)
+
+
+def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
+    import jax
+
+    from bridge.checkpoints import load_params
+    from bridge.export import Exporter
+    from jaxrl.mesh import kept_whole, make_mesh, param_shardings
+    from jaxrl.models.decoder import init_params
+    from jaxrl.models.lora import fingerprint, merged_params, with_adapters
+    from jaxrl.models.params import param_specs, trained_specs
+    from jaxrl.sampler import make_score
+    from jaxrl.update import init_state, make_optimizer, make_update
+
+    mesh, lora = make_mesh(c.mesh), lora_config(c)
+    specs, trained = param_specs(decoder), trained_specs(decoder, lora)
+    shardings = param_shardings(specs, mesh)
+    if lora is None:
+        frozen, params = None, load_params(model_dir, specs, shardings)
+    else:
+        frozen = load_params(model_dir, specs, shardings, FROZEN_DTYPE)
+        start = jax.jit(
+            lambda key: init_params(trained, key), out_shardings=param_shardings(trained, mesh)
+        )
+        params = start(jax.random.key(c.run.seed))
+    policy = make_policy(c, decoder, mesh)
+    optimizer = make_optimizer(c.optimizer)
+    state = init_state(params, optimizer, mesh)
+    update = make_update(
+        policy, optimizer, c.algorithm, c.update, c.rollout.temperature, mesh, state, frozen
+    )
+    export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20, c.publish.compare)
+    export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
+
+    def export_merged(params: Params) -> list[HostTensor]:
+        if lora is None:
+            return export(params)
+        return export_frozen(merged_params(specs, lora, with_adapters(frozen or {}, params)))
+
+    return Learner(
+        policy=policy,
+        lora=lora,
+        specs=specs,
+        trained=trained,
+        mesh=mesh,
+        kept_whole=kept_whole(specs, mesh),
+        frozen=frozen,
+        frozen_fingerprint=0 if frozen is None else int(fingerprint(frozen)),
+        state=state,
+        update=update,
+        score=make_score(policy, frozen),
+        export=export,
+        export_frozen=export_frozen,
+        export_merged=export_merged,
+    )
+
+
+def lead(hosts: Hosts, learner: Learner) -> Learner:
+    """The learner of the first process: whatever it is asked, the others are told first."""
+    if hosts.alone:
+        return learner
+
+    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        from jaxrl.mesh import rows_of_process
+
+        rows = [rows_of_process(learner.mesh, len(batch[0]), i) for i in range(hosts.count)]
+        shards = [TrainBatch(*(array[held] for array in batch)) for held in rows]
+        hosts.announce("update", arrays=shards)
+        return learner.update(state, shards[0])
+
+    def led(order: str, exporter: Exporter | LedExporter) -> LedExporter:
+        assert not isinstance(exporter, LedExporter), order
+        return LedExporter(hosts, order, exporter)
+
+    return dataclasses.replace(
+        learner,
+        update=update,
+        score=hosts.together("score", learner.score),
+        export=led("export", learner.export),
+        export_frozen=led("export_frozen", learner.export_frozen),
+        export_merged=hosts.together("export_merged", learner.export_merged),
+    )
+
+
+@dataclass
+class LedExporter:
+    """An exporter of the first process, which the others export with."""
+
+    hosts: Hosts
+    order: str
+    exporter: Exporter
+
+    @property
+    def plan(self) -> Sequence[Any]:
+        return self.exporter.plan
+
+    @property
+    def nbytes(self) -> int:
+        return self.exporter.nbytes
+
+    def groups(self, params: Params) -> Iterator[list[HostTensor]]:
+        self.hosts.announce(self.order)
+        return self.exporter.groups(params)
+
+    def groups_since(self, kept: Shadow, params: Params) -> Iterator[list[HostTensor]]:
+        """Whole: the others have no last version to compare with."""
+        return self.groups(params)
+
+    @property
+    def device_bytes(self) -> int:
+        return self.exporter.device_bytes
+
+    def __call__(self, params: Params) -> list[HostTensor]:
+        self.hosts.announce(self.order)
+        return self.exporter(params)
+
+
+def make_policy(c: Config, decoder: DecoderConfig, mesh: Mesh) -> Policy:
+    """What `auto` means in model.* is decided by the mesh's devices. Says so where attention cannot
+    be what they are best at."""
+    import jax.numpy as jnp
+
+    from jaxrl.models.attention import backend_for
+    from jaxrl.models.decoder import Policy
+
+    platform, compute, lora = mesh.devices.flat[0].platform, c.model.compute_dtype, lora_config(c)
+    if compute == "auto":
+        compute = "float32" if platform == "cpu" else "bfloat16"
+    attention, instead = backend_for(c.model.attention, platform, decoder, compute)
+    if instead:
+        print(instead, file=sys.stderr)
+    remat = c.model.remat
+    if remat == "auto":
+        remat = "none" if platform == "cpu" else "full"
+    lora_scale = lora.scale if lora else 0.0
+    return Policy(decoder, jnp.dtype(compute), remat, lora_scale, attention, mesh)
+
+
+def lora_config(c: Config) -> LoraConfig | None:
+    from jaxrl.models.config import LoraConfig
+
+    if not c.lora.rank:
+        return None
+    return LoraConfig(c.lora.rank, c.lora.alpha, tuple(c.lora.targets))
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Its shapes, dtypes and shardings."""
+    import jax
+
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def check_lengths(c: Config, decoder: DecoderConfig) -> None:
+    if c.max_model_len > decoder.max_positions:
+        raise UserError(
+            "data.max_prompt_tokens and the larger of rollout.max_new_tokens and "
+            f"eval.max_new_tokens are {c.max_model_len} tokens together, but the policy has "
+            f"{decoder.max_positions} positions; lower one of them"
+        )
+    if not decoder.eos_token_ids:
+        raise UserError(
+            f"{c.model.path}: config.json has no eos_token_id: nothing ends a completion"
+        )
+
+
+def check_mesh(c: Config, decoder: DecoderConfig) -> None:
+    size, moe = c.mesh.expert, decoder.moe
+    if size > 1 and moe is None:
+        raise UserError(
+            f"mesh.expert = {size}: {c.model.path} has no experts to split; set it to 1, and make "
+            f"mesh.fsdp = {c.mesh.fsdp * size} to use the same devices"
+        )
+    if moe is not None and moe.num_experts % size:
+        fit = max(n for n in range(1, size) if moe.num_experts % n == 0)
+        raise UserError(
+            f"mesh.expert = {size} does not divide the {moe.num_experts} experts of "
+            f"{c.model.path}; the next that does is {fit}. mesh.fsdp takes any number of devices"
+        )
