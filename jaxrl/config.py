@@ -5,7 +5,7 @@ in it. Models are frozen and strict, and a key that is not listed is an error.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,6 +92,27 @@ class DataSection(Section):
     max_prompt_tokens: int = knob(
         1024, "longer prompts are skipped, and counted", unit="tokens", ge=1
     )
+    answer_keys: ClassVar[tuple[str, ...]] = ("answer",)  # in a jsonl file, the first that is there
+
+
+class SftDataSection(DataSection):
+    source: Literal["reasoning_gym", "jsonl"] = knob(
+        ...,
+        "reasoning_gym: endless tasks of that library, with their answers; jsonl: a file with one "
+        'object a line, {"prompt": text, "completion": text}, or as for GRPO with "answer"',
+    )
+    completion_template: str = knob(
+        "{completion}",
+        "text the policy learns to give; {completion} stands for the row's. The model's first "
+        "end-of-sequence token follows, unless the text ends with one",
+    )
+    max_completion_tokens: int = knob(
+        1024,
+        "rows with longer completions, their end included, are skipped, and counted",
+        unit="tokens",
+        ge=1,
+    )
+    answer_keys: ClassVar[tuple[str, ...]] = ("completion", "answer")
 
 
 class RewardSection(Section):
@@ -304,6 +325,10 @@ class UpdateSection(Section):
     )
 
 
+class SftUpdateSection(UpdateSection):
+    share_prompts: bool = knob(False, "completions do not share prompts here; leave it false")
+
+
 class MeshSection(Section):
     data: int = knob(1, "batch shards; parameters are copied over this axis", unit="devices", ge=1)
     fsdp: int = knob(
@@ -409,8 +434,14 @@ class PublishSection(Section):
 
 class EvalSection(Section):
     every_steps: int = knob(
-        10, "evaluation every so many steps; 0: only first and last", unit="steps", ge=0
+        10,
+        "evaluation on the held-out prompts every so many steps; 0: only first and last",
+        unit="steps",
+        ge=0,
     )
+
+
+class RolloutEvalSection(EvalSection):
     temperature: float = knob(0.0, "sampling temperature of evaluation; 0: greedy", ge=0.0)
     top_p: float = knob(1.0, "nucleus sampling in evaluation; 1.0: off", gt=0.0, le=1.0)
     top_k: int = knob(0, "top-k sampling in evaluation; 0: off", ge=0)
@@ -436,27 +467,64 @@ class LogSection(Section):
     tensorboard: bool = knob(True, "write TensorBoard events")
 
 
-class Config(Section):
+class SftSection(Section):
+    sequences_per_step: int = knob(
+        64, "prompts with their completions in one step", unit="sequences", ge=1
+    )
+    export_dtype: Literal["bfloat16", "float32"] = knob(
+        "bfloat16", "dtype of the export at the end; adapters are float32 in any case"
+    )
+
+
+class RunConfig(Section):
+    """What runs of every kind have."""
+
+    program: ClassVar[str]  # python -m
+    purpose: ClassVar[str]
+    lengths: ClassVar[str]  # the keys that `max_model_len` is made of
+
     run: RunSection
     model: ModelSection
     lora: LoraSection = LoraSection()
-    data: DataSection
-    reward: RewardSection = RewardSection()
-    rollout: RolloutSection = RolloutSection()
-    vllm: VllmSection = VllmSection()
-    algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
-    update: UpdateSection = UpdateSection()
     mesh: MeshSection = MeshSection()
     hosts: HostsSection = HostsSection()
-    publish: PublishSection = PublishSection()
-    eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
+
+
+class Config(RunConfig):
+    program: ClassVar[str] = "jaxrl.train"
+    purpose: ClassVar[str] = "Trains a policy with GRPO."
+    lengths: ClassVar[str] = (
+        "data.max_prompt_tokens and the larger of rollout.max_new_tokens and eval.max_new_tokens"
+    )
+
+    data: DataSection
+    reward: RewardSection = RewardSection()
+    rollout: RolloutSection = RolloutSection()
+    vllm: VllmSection = VllmSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    update: UpdateSection = UpdateSection()
+    publish: PublishSection = PublishSection()
+    eval: RolloutEvalSection = RolloutEvalSection()
+
+    @property
+    def temperature(self) -> float:
+        """Of the distribution that is trained."""
+        return self.rollout.temperature
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The keys that bound a sequence, and what they add to it, in tokens."""
+        return {
+            "data.max_prompt_tokens": self.data.max_prompt_tokens,
+            "rollout.max_new_tokens": self.rollout.max_new_tokens,
+        }
 
     @property
     def completions_per_step(self) -> int:
@@ -518,25 +586,59 @@ class Config(Section):
         return 1e-4 if exact and self.model.compute_dtype != "bfloat16" else 0.5
 
 
-def contradictions(c: Config) -> list[str]:
+class SftConfig(RunConfig):
+    """Supervised fine-tuning. Has properties where a `Config` has fields that mean nothing here."""
+
+    program: ClassVar[str] = "jaxrl.sft"
+    purpose: ClassVar[str] = "Fine-tunes a policy on given completions."
+    lengths: ClassVar[str] = "data.max_prompt_tokens and data.max_completion_tokens"
+
+    data: SftDataSection
+    sft: SftSection = SftSection()
+    update: SftUpdateSection = SftUpdateSection()
+    eval: EvalSection = EvalSection()
+
+    @property
+    def algorithm(self) -> SftSection:
+        return self.sft
+
+    @property
+    def temperature(self) -> float:
+        return 1.0
+
+    @property
+    def publish(self) -> PublishSection:
+        """Nothing is, but the export at the end is made as a version is."""
+        return PublishSection()
+
+    @property
+    def wire_dtype(self) -> str:
+        return "float32" if self.lora.rank else self.sft.export_dtype
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {
+            "data.max_prompt_tokens": self.data.max_prompt_tokens,
+            "data.max_completion_tokens": self.data.max_completion_tokens,
+        }
+
+    @property
+    def max_model_len(self) -> int:
+        return sum(self.limits.values())
+
+
+def contradictions(c: Config | SftConfig) -> list[str]:
     """The rules no single field can state; each problem with its way out."""
     found = []
-    longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+    longest = sum(c.limits.values())
     microbatch = c.update.max_tokens_per_microbatch
     if microbatch is not None and microbatch < longest:
         found.append(
             f"update.max_tokens_per_microbatch = {microbatch} is less than the longest sample: "
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; make it at least "
-            f"{longest}, or lower one of the two"
+            f"{' + '.join(c.limits)} = {longest}; make it at least {longest}, or lower one of the "
+            "two"
         )
-    if c.publish.fallback != "none" and c.publish.channel != "object_store":
-        found.append(
-            f"publish.fallback = {c.publish.fallback} with publish.channel = {c.publish.channel}: "
-            "it is for publish.channel = object_store; set publish.fallback = none"
-        )
-    found += _contradictions_of_rollouts(c)
     found += _contradictions_of_hosts(c.hosts)
-    found += _faults_of_url(c.publish.shuttle_dir or "")
     if c.optimizer.first_moment_dtype == "bfloat16" and c.optimizer.beta1 > 1 - 2**-8:
         found.append(
             f"optimizer.beta1 = {c.optimizer.beta1}: a step changes the first moment by 1 - beta1 "
@@ -547,8 +649,6 @@ def contradictions(c: Config) -> list[str]:
         found.append("data.source = reasoning_gym needs data.task, the name of a dataset")
     if c.data.source == "jsonl" and not c.data.path:
         found.append("data.source = jsonl needs data.path, a file with one object a line")
-    if c.data.source == "jsonl" and c.reward.kind == "task":
-        found.append("reward.kind = task needs data.source = reasoning_gym; use reward.kind: exact")
     if "{prompt}" not in c.data.prompt_template:
         found.append("data.prompt_template must contain {prompt}, where the question goes")
     if c.optimizer.warmup_steps > c.run.steps:
@@ -556,11 +656,27 @@ def contradictions(c: Config) -> list[str]:
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is longer than the run "
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
         )
+    if isinstance(c, Config):
+        return found + _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
+    if "{completion}" not in c.data.completion_template:
+        found.append("data.completion_template must contain {completion}, where the row's goes")
+    return found
+
+
+def _contradictions_of_publish(c: Config) -> list[str]:
+    found = _faults_of_url(c.publish.shuttle_dir or "")
+    if c.publish.fallback != "none" and c.publish.channel != "object_store":
+        found.append(
+            f"publish.fallback = {c.publish.fallback} with publish.channel = {c.publish.channel}: "
+            "it is for publish.channel = object_store; set publish.fallback = none"
+        )
     return found
 
 
 def _contradictions_of_rollouts(c: Config) -> list[str]:
     found = []
+    if c.data.source == "jsonl" and c.reward.kind == "task":
+        found.append("reward.kind = task needs data.source = reasoning_gym; use reward.kind: exact")
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)
         if value != off:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxrl.config import Config
+from jaxrl.config import RunConfig
 from jaxrl.types import RunError, UserError
 
 _RETRY_S = 0.2
@@ -268,7 +268,7 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def join(c: Config, report: Callable[[BaseException], int]) -> Iterator[Hosts]:
+def join(c: RunConfig, report: Callable[[BaseException], int]) -> Iterator[Hosts]:
     """Brings the processes of the run together, jax included, and apart again.
 
     Args:
@@ -295,7 +295,7 @@ def join(c: Config, report: Callable[[BaseException], int]) -> Iterator[Hosts]:
         os._exit(code)
 
 
-def _explicit(c: Config) -> Hosts:
+def _explicit(c: RunConfig) -> Hosts:
     """Comes together at `hosts.coordinator`, of which the next port is jax's own."""
     import jax
 
@@ -319,7 +319,7 @@ def _explicit(c: Config) -> Hosts:
     return hosts
 
 
-def _auto(c: Config) -> Hosts:
+def _auto(c: RunConfig) -> Hosts:
     """Comes together as the cluster says it: a TPU pod, SLURM, Open MPI, Kubernetes."""
     import jax
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -355,7 +355,7 @@ def _auto(c: Config) -> Hosts:
 Lines = tuple[dict[int, Line], dict[int, str]]  # and the names of who is at the other end
 
 
-def _gather(c: Config, count: int, port: int, server: socket.socket | None = None) -> Lines:
+def _gather(c: RunConfig, count: int, port: int, server: socket.socket | None = None) -> Lines:
     """The first process: waits until every other one has come with the same configuration."""
     lines: dict[int, Line] = {}
     names: dict[int, str] = {}
@@ -386,7 +386,7 @@ def _listening(port: int) -> socket.socket:
 
 
 def _admit(
-    c: Config,
+    c: RunConfig,
     count: int,
     server: socket.socket,
     deadline: float,
@@ -422,7 +422,12 @@ def _admit(
 
 
 def _misfit(
-    c: Config, index: int, processes: int, knobs: dict[str, Any], count: int, names: dict[int, str]
+    c: RunConfig,
+    index: int,
+    processes: int,
+    knobs: dict[str, Any],
+    count: int,
+    names: dict[int, str],
 ) -> str | None:
     if processes != count:
         return f"was started with hosts.processes = {processes}, the first with {count}"
@@ -436,7 +441,7 @@ def _misfit(
     return None
 
 
-def _come(c: Config, index: int, count: int, host: str, port: int) -> Lines:
+def _come(c: RunConfig, index: int, count: int, host: str, port: int) -> Lines:
     """Every other process: finds the first one, and waits until all have come."""
     deadline = time.monotonic() + c.hosts.timeout_s
     first = f"process 0 at {host}:{port}"
@@ -464,7 +469,7 @@ def _come(c: Config, index: int, count: int, host: str, port: int) -> Lines:
     return {0: line}, {0: first}
 
 
-def _knobs(c: Config) -> dict[str, Any]:
+def _knobs(c: RunConfig) -> dict[str, Any]:
     """What all processes must agree on, and the jax that computes it."""
     import jax
 

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "checkpoint.*",
     "log.*",
     "rollout.timeout_s",
+    "sft.export_dtype",
     "optimizer.max_skipped_updates",
     "optimizer.offload",
 )

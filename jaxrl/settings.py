@@ -1,4 +1,4 @@
-"""From a command line to a checked `Config`: files, overrides, `--help`, and every error at once.
+"""From a command line to a checked configuration: files, overrides, `--help`, all errors at once.
 
 Only pydantic and PyYAML are loaded: a mistake is answered before jax, Ray or a model is touched.
 """
@@ -10,16 +10,17 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from jaxrl.config import Config, EngineDtype, Section, contradictions
+from jaxrl.config import Config, EngineDtype, RunConfig, Section, SftConfig, contradictions
 from jaxrl.types import UserError
 
-USAGE = "python -m jaxrl.train --config FILE [--resume | --dry-run] [--section.key VALUE ...]"
+C = TypeVar("C", Config, SftConfig)
+Kind = type[Config] | type[SftConfig]
 
 
 class ConfigError(UserError):
@@ -27,8 +28,8 @@ class ConfigError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
-    config: Config
+class Command(Generic[C]):
+    config: C
     resume: bool
     dry_run: bool
     arguments: tuple[str, ...]  # as given, without the flags
@@ -61,7 +62,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_command_line(arguments: Sequence[str]) -> Command:
+def usage(kind: Kind) -> str:
+    return (
+        f"python -m {kind.program} --config FILE [--resume | --dry-run] [--section.key VALUE ...]"
+    )
+
+
+def parse_command_line(arguments: Sequence[str], kind: type[C] = Config) -> Command[C]:
     """Reads `--config FILE` and overrides (`--section.key value` or `section.key=value`).
 
     Raises:
@@ -69,9 +76,9 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
       SystemExit: after `--help`.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jaxrl.train",
-        usage=USAGE,
-        description="Trains a policy with GRPO. Keys, with their defaults:\n\n" + _list_keys(),
+        prog=f"python -m {kind.program}",
+        usage=usage(kind),
+        description=f"{kind.purpose} Keys, with their defaults:\n\n{_list_keys(kind)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -84,14 +91,14 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     )
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is None:
-        raise ConfigError(f"--config FILE is required\nusage: {USAGE}")
-    config = load(Path(known.config), list(overrides(rest)))
+        raise ConfigError(f"--config FILE is required\nusage: {usage(kind)}")
+    config = load(Path(known.config), list(overrides(rest, kind)), kind)
     flags = ("--resume", "--dry-run")
     given = tuple(argument for argument in arguments if argument not in flags)
     return Command(config, known.resume, known.dry_run, given)
 
 
-def load(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load(path: Path, overrides: Sequence[tuple[str, str]] = (), kind: type[C] = Config) -> C:
     """Reads `path`, applies `overrides` left to right, checks the result.
 
     Args:
@@ -104,16 +111,17 @@ def load(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     tree = _read_yaml(path)
     problems: list[str] = []
     for key, text in overrides:
-        _apply(tree, key, text, problems)
+        _apply(tree, key, text, problems, kind)
     try:
-        config = Config.model_validate(tree)
+        config = kind.model_validate(tree)
         problems += contradictions(config)
         if not problems:
             return config
     except ValidationError as error:
         # dict.fromkeys: a value that fits no type of a union is reported once for each of them.
-        problems += dict.fromkeys(_explain(item) for item in error.errors())
-        problems += _contradictions_of_the_rest(tree, [item["loc"] for item in error.errors()])
+        problems += dict.fromkeys(_explain(item, kind) for item in error.errors())
+        wrong = [item["loc"] for item in error.errors()]
+        problems += _contradictions_of_the_rest(tree, wrong, kind)
     raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
@@ -126,17 +134,23 @@ def revise(config: Config, changes: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def describe(c: Config) -> str:
+def describe(c: Config | SftConfig) -> str:
     """What a run of this configuration would start, without starting it."""
     axes = ", ".join(f"{axis} {size}" for axis, size in c.mesh)
+    if isinstance(c, SftConfig):
+        step = f"{c.sft.sequences_per_step} prompts with their completions"
+    else:
+        step = (
+            f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions of at "
+            f"most {c.rollout.max_new_tokens} tokens"
+        )
     lines = [
         f"would train {c.model.path} for {c.run.steps} steps",
-        f"of {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions of at most "
-        f"{c.rollout.max_new_tokens} tokens",
+        f"of {step}",
         f"on a mesh of {c.mesh.devices} devices ({axes})",
         f"outputs go to {c.run_dir}",
     ]
@@ -144,6 +158,8 @@ def describe(c: Config) -> str:
         lines.insert(3, "of all processes that the cluster starts")
     elif c.hosts.coordinator:
         lines.insert(3, f"of {c.hosts.processes} processes, of which this is {c.hosts.process_id}")
+    if isinstance(c, SftConfig):
+        return "\n".join(lines)
     if c.rollout.engine == "inprocess":
         lines.insert(-1, "rollouts: the jitted sampler in the trainer; no Ray, no vLLM")
     else:
@@ -158,9 +174,9 @@ def describe(c: Config) -> str:
     return "\n".join(lines)
 
 
-def keys() -> Iterator[tuple[str, Any]]:
+def keys(kind: Kind) -> Iterator[tuple[str, Any]]:
     """Every dotted key with its pydantic field."""
-    for name, section in Config.model_fields.items():
+    for name, section in kind.model_fields.items():
         for key, field in _section(section.annotation).model_fields.items():
             yield f"{name}.{key}", field
 
@@ -170,9 +186,9 @@ def _section(annotation: Any) -> type[BaseModel]:
     return annotation
 
 
-def _list_keys() -> str:
+def _list_keys(kind: Kind) -> str:
     lines = []
-    for key, field in keys():
+    for key, field in keys(kind):
         default = "required" if field.default is PydanticUndefined else _show(field.default)
         unit = (field.json_schema_extra or {}).get("unit")
         lines.append(f"  --{key} ({default}{' ' + unit if unit else ''})")
@@ -205,7 +221,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def overrides(arguments: Sequence[str], kind: Kind = Config) -> Iterator[tuple[str, str]]:
     """`--a.b v`, `--a.b=v` and `a.b=v`, as (key, text) pairs."""
     remaining = iter(arguments)
     for argument in remaining:
@@ -215,14 +231,14 @@ def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             if following is None:
                 raise ConfigError(
                     f"{argument!r}: expected --section.key VALUE or section.key=VALUE\n"
-                    f"usage: {USAGE}"
+                    f"usage: {usage(kind)}"
                 )
             value = following
         yield key, value
 
 
-def _apply(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> None:
-    value = _read_value(key, text)
+def _apply(tree: dict[str, Any], key: str, text: str, problems: list[str], kind: Kind) -> None:
+    value = _read_value(key, text, kind)
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -235,10 +251,11 @@ def _apply(tree: dict[str, Any], key: str, text: str, problems: list[str]) -> No
     node[leaf] = value
 
 
-def _read_value(key: str, text: str) -> Any:
+def _read_value(key: str, text: str, kind: Kind) -> Any:
     """Text of the command line as YAML, but verbatim where the key holds text: a prompt template
     such as `{prompt}` or `Question: {prompt}` would be a mapping in YAML."""
-    annotation = dict(keys())[key].annotation if key in dict(keys()) else None
+    known = dict(keys(kind))
+    annotation = known[key].annotation if key in known else None
     if annotation is str or (annotation == (str | None) and text != "null"):
         return text
     try:
@@ -247,7 +264,7 @@ def _read_value(key: str, text: str) -> Any:
         return text
 
 
-def _contradictions_of_the_rest(tree: dict[str, Any], wrong: list[tuple]) -> list[str]:
+def _contradictions_of_the_rest(tree: dict[str, Any], wrong: list[tuple], kind: Kind) -> list[str]:
     """Contradictions between the values that are right, while others are wrong or missing."""
     stand_ins = {"run.name": "x", "run.steps": 2**31, "model.path": "x", "data.source": "jsonl"}
     rest = copy.deepcopy(tree)
@@ -260,25 +277,25 @@ def _contradictions_of_the_rest(tree: dict[str, Any], wrong: list[tuple]) -> lis
         section, leaf = key.split(".")
         rest.setdefault(section, {}).setdefault(leaf, value)
     keys_in_doubt = [".".join(map(str, location[:2])) for location in wrong]
-    keys_in_doubt += [_probably_meant(key.split(".")) or key for key in keys_in_doubt]
+    keys_in_doubt += [_probably_meant(key.split("."), kind) or key for key in keys_in_doubt]
     return [
         problem
-        for problem in contradictions(Config.model_validate(rest))
+        for problem in contradictions(kind.model_validate(rest))
         if not any(key in problem for key in keys_in_doubt)
     ]
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: Kind) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
-    kind, value = item["type"], item.get("input")
+    problem, value = item["type"], item.get("input")
     if key.startswith("vllm.engines."):
         return "vllm.engines: expected a number, or {min: A, max: B} with two of at least 1"
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(location)}"
-    if kind == "missing":
+    if problem == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(location, kind)}"
+    if problem == "missing":
         return f"{key}: required, and not set"
-    if kind == "model_type":
+    if problem == "model_type":
         return f"{key}: expected a section with keys, found {value!r}"
     if key.startswith("data.task_args."):
         return f"{'.'.join(location[:3])}: expected a number, text, true, false or a list of texts"
@@ -289,24 +306,24 @@ def _explain(item: Any) -> str:
     return f"{key} = {value!r}: expected {message.removeprefix('a valid ')}"
 
 
-def _nearest(location: list[str]) -> str:
-    meant = _probably_meant(location)
-    return f"; did you mean {meant!r}?" if meant else f"; known here: {_known(location)}"
+def _nearest(location: list[str], kind: Kind) -> str:
+    meant = _probably_meant(location, kind)
+    return f"; did you mean {meant!r}?" if meant else f"; known here: {_known(location, kind)}"
 
 
-def _probably_meant(location: list[str]) -> str | None:
+def _probably_meant(location: list[str], kind: Kind) -> str | None:
     """The nearest spelling: in this section first, then anywhere."""
-    close = difflib.get_close_matches(location[-1], _known(location), n=1)
+    close = difflib.get_close_matches(location[-1], _known(location, kind), n=1)
     if close:
         return ".".join([*location[:-1], close[0]])
-    every = [key for key, _ in keys()]
+    every = [key for key, _ in keys(kind)]
     elsewhere = [key for key in every if key.split(".")[1] == location[-1]]
     elsewhere += difflib.get_close_matches(".".join(location), every, n=1)
     return elsewhere[0] if elsewhere else None
 
 
-def _known(location: list[str]) -> list[str]:
+def _known(location: list[str], kind: Kind) -> list[str]:
     """The keys that may stand beside `location`."""
     if len(location) == 1:
-        return list(Config.model_fields)
-    return [key.split(".")[1] for key, _ in keys() if key.split(".")[0] == location[0]]
+        return list(kind.model_fields)
+    return [key.split(".")[1] for key, _ in keys(kind) if key.split(".")[0] == location[0]]
