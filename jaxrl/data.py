@@ -2,46 +2,63 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxrl.config import Config, DataSection
+from jaxrl.config import Config, DataSection, SftConfig, SftDataSection
 from jaxrl.models.config import DecoderConfig
-from jaxrl.types import Prompt, UserError
+from jaxrl.types import Example, Prompt, UserError
 
 EPOCH = 1_000_000  # prompts of a procedural task before it is seeded anew
 SKIPS_IN_A_ROW = 20_000  # unusable prompts in a row that end the search for a usable one
+
+P = TypeVar("P", bound=Prompt)
+P_co = TypeVar("P_co", bound=Prompt, covariant=True)
+Row = tuple[str, Mapping[str, Any]]  # prompt text, task
 
 
 class Source(Protocol):
     """An endless sequence of (prompt text, task), the same for the same seed."""
 
-    def __call__(self, index: int) -> tuple[str, Mapping[str, Any]]: ...
+    def __call__(self, index: int) -> Row: ...
 
 
-class PromptStream:
+class Encode(Protocol[P_co]):
+    """Question -> what is trained on."""
+
+    limits: str  # beyond which it is too long, as the keys that set them
+
+    def __call__(self, index: int, question: str, task: Mapping[str, Any]) -> P_co: ...
+
+    def fits(self, prompt: Any) -> bool: ...
+
+
+class PromptStream(Generic[P]):
     """Training prompts in order. `cursor`, an index into the source, is all of its state."""
 
-    def __init__(
-        self, source: Source, held_out: list[Prompt], encode: "Encoder", max_prompt_tokens: int
-    ) -> None:
-        self._source, self._encode, self._most = source, encode, max_prompt_tokens
+    def __init__(self, source: Source, epoch: int, held_out: list[P], encode: Encode[P]) -> None:
+        """`epoch`: after how many items of the source it begins anew, or in another order."""
+        self._source, self._encode, self._epoch = source, encode, epoch
         self._held_out = {prompt.text for prompt in held_out}
         self.cursor = 0
         self.skipped_too_long = 0
 
-    def take(self, count: int) -> list[Prompt]:
+    @property
+    def epochs(self) -> float:
+        return self.cursor / self._epoch
+
+    def take(self, count: int) -> list[P]:
         """The next `count` prompts; held-out and over-long ones are passed over."""
-        prompts: list[Prompt] = []
+        prompts: list[P] = []
         skipped = 0
         while len(prompts) < count:
             prompt = self.at(self.cursor)
             self.cursor += 1
-            if len(prompt.tokens) > self._most:
+            if not self._encode.fits(prompt):
                 self.skipped_too_long += 1
             elif prompt.text not in self._held_out:
                 prompts.append(prompt)
@@ -51,15 +68,15 @@ class PromptStream:
             if skipped == SKIPS_IN_A_ROW:
                 raise UserError(
                     f"data: {skipped} prompts in a row are held out or longer than "
-                    f"data.max_prompt_tokens = {self._most}: there is nothing left to train on"
+                    f"{self._encode.limits}: there is nothing left to train on"
                 )
         return prompts
 
-    def at(self, index: int) -> Prompt:
+    def at(self, index: int) -> P:
         """The prompt that has this id, whether `take` yields it or passes it over."""
         return self._encode(index, *self._source(index))
 
-    def peek(self) -> Prompt:
+    def peek(self) -> P:
         """The next prompt, which `take` will yield again."""
         cursor, skipped = self.cursor, self.skipped_too_long
         prompt = self.take(1)[0]
@@ -73,27 +90,71 @@ class Encoder:
     The tokenizer's own special tokens (a BOS, where it has one) are added.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        self._tokenizer, self._template = tokenizer, template
+    def __init__(self, tokenizer: Tokenizer, c: DataSection) -> None:
+        self._tokenizer, self._template = tokenizer, c.prompt_template
+        self._most = c.max_prompt_tokens
+        self.limits = f"data.max_prompt_tokens = {self._most}"
 
     def __call__(self, index: int, question: str, task: Mapping[str, Any]) -> Prompt:
         text = self._template.replace("{prompt}", question)
         return Prompt(index, text, tuple(self._tokenizer.encode(text).ids), task)
 
+    def fits(self, prompt: Prompt) -> bool:
+        return len(prompt.tokens) <= self._most
 
-def open_data(c: Config, tokenizer: Tokenizer) -> tuple[PromptStream, list[Prompt]]:
+
+class ExampleEncoder:
+    """Question and answer -> `Example`.
+
+    Each is tokenized by itself, as a policy meets them: it sees the tokens of a prompt, and gives
+    those of a completion. No special tokens are added to that one but its end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, c: SftDataSection, ends: Sequence[int]) -> None:
+        """`ends`: the policy's end-of-sequence tokens."""
+        self._tokenizer, self._template, self._ends = tokenizer, c.completion_template, ends
+        self._keys, self._most = c.answer_keys, c.max_completion_tokens
+        self._prompt = Encoder(tokenizer, c)
+        self.limits = (
+            f"{self._prompt.limits}, or their completions than data.max_completion_tokens = "
+            f"{self._most}"
+        )
+
+    def __call__(self, index: int, question: str, task: Mapping[str, Any]) -> Example:
+        prompt = self._prompt(index, question, task)
+        answer = _answer(task, self._keys)
+        if not isinstance(answer, str):
+            raise UserError(f"data: {question!r} has the answer {answer!r}, which is not a text")
+        text = self._template.replace("{completion}", answer)
+        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not tokens or tokens[-1] not in self._ends:
+            tokens.append(self._ends[0])
+        return Example(index, prompt.text, prompt.tokens, task, tuple(tokens))
+
+    def fits(self, prompt: Example) -> bool:
+        return self._prompt.fits(prompt) and len(prompt.completion) <= self._most
+
+
+def open_data(c: Config, tokenizer: Tokenizer) -> tuple[PromptStream[Prompt], list[Prompt]]:
     """The training stream and the held-out prompts.
 
     Raises:
       UserError: the task or file is missing, empty or malformed (bad rows by number).
     """
-    encode = Encoder(tokenizer, c.data.prompt_template)
-    if c.data.source == "reasoning_gym":
-        train, held_out_source, held_out = _open_task(c.data, c.run.seed)
-    else:
-        train, held_out_source, held_out = _open_jsonl(c.data, c.run.seed)
-    prompts = _distinct(held_out_source, held_out, encode, c.data.max_prompt_tokens)
-    return PromptStream(train, prompts, encode, c.data.max_prompt_tokens), prompts
+    return _open(c.data, c.run.seed, Encoder(tokenizer, c.data))
+
+
+def open_examples(
+    c: SftConfig, tokenizer: Tokenizer, ends: Sequence[int]
+) -> tuple[PromptStream[Example], list[Example]]:
+    """As `open_data`, with the completions; `ends` are the policy's end-of-sequence tokens."""
+    return _open(c.data, c.run.seed, ExampleEncoder(tokenizer, c.data, ends))
+
+
+def _open(c: DataSection, seed: int, encode: Encode[P]) -> tuple[PromptStream[P], list[P]]:
+    opened = _open_task(c, seed) if c.source == "reasoning_gym" else _open_jsonl(c, seed)
+    prompts = _distinct(opened.held_out, opened.held_out_count, encode)
+    return PromptStream(opened.train, opened.epoch, prompts, encode), prompts
 
 
 def load_tokenizer(model_dir: Path, config: DecoderConfig) -> Tokenizer:
@@ -129,25 +190,32 @@ def fingerprint(c: DataSection) -> str:
     return digest.hexdigest()
 
 
-def _distinct(source: Source, count: int, encode: Encoder, most: int) -> list[Prompt]:
-    """The first `count` prompts with different texts, no longer than `most` tokens."""
-    prompts: dict[str, Prompt] = {}
+def _distinct(source: Source, count: int, encode: Encode[P]) -> list[P]:
+    """The first `count` prompts with different texts that are not too long."""
+    prompts: dict[str, P] = {}
     for index in range(count + SKIPS_IN_A_ROW):
         if len(prompts) == count:
             break
         text, task = source(index)
         prompt = encode(index, text, task)
-        if len(prompt.tokens) <= most:
+        if encode.fits(prompt):
             prompts.setdefault(prompt.text, prompt)
     if len(prompts) < count:
         raise UserError(
-            f"data.held_out = {count}, but the data has only {len(prompts)} different prompts of "
-            f"at most data.max_prompt_tokens = {most} tokens to hold out"
+            f"data.held_out = {count}, but the data has only {len(prompts)} different prompts to "
+            f"hold out that are not longer than {encode.limits}"
         )
     return list(prompts.values())
 
 
-def _open_task(c: DataSection, seed: int) -> tuple[Source, Source, int]:
+class _Opened(NamedTuple):
+    train: Source
+    epoch: int  # of `train`, in items
+    held_out: Source
+    held_out_count: int
+
+
+def _open_task(c: DataSection, seed: int) -> _Opened:
     try:
         import reasoning_gym
     except ImportError:
@@ -158,7 +226,7 @@ def _open_task(c: DataSection, seed: int) -> tuple[Source, Source, int]:
     def tasks(first_seed: int) -> Source:
         datasets: dict[int, Any] = {}
 
-        def at(index: int) -> tuple[str, Mapping[str, Any]]:
+        def at(index: int) -> Row:
             epoch, place = divmod(index, EPOCH)
             if epoch not in datasets:
                 datasets.clear()
@@ -175,38 +243,41 @@ def _open_task(c: DataSection, seed: int) -> tuple[Source, Source, int]:
         return at
 
     # The held-out prompts are the same for every run.seed, so that runs can be compared.
-    return tasks((1 + seed) * 1_000_003 % 2**31), tasks(2**31), c.held_out
+    return _Opened(tasks((1 + seed) * 1_000_003 % 2**31), EPOCH, tasks(2**31), c.held_out)
 
 
-def _open_jsonl(c: DataSection, seed: int) -> tuple[Source, Source, int]:
+def _open_jsonl(c: DataSection, seed: int) -> _Opened:
     assert c.path is not None
-    rows = _read_rows(Path(c.path))
-    held_out = _read_rows(Path(c.held_out_path)) if c.held_out_path else rows[: c.held_out]
+    rows = _read_rows(Path(c.path), c.answer_keys)
+    held_out = rows[: c.held_out]
+    if c.held_out_path:
+        held_out = _read_rows(Path(c.held_out_path), c.answer_keys)
     train = rows if c.held_out_path else rows[c.held_out :]
     if not train:
         raise UserError(
             f"{c.path}: {len(rows)} rows, of which data.held_out = {c.held_out} are kept for "
             "evaluation: none is left to train on"
         )
-    return (
+    return _Opened(
         _shuffled(train, seed),
+        len(train),
         _in_order(held_out),
         min(c.held_out, len({text for text, _ in held_out})),
     )
 
 
-def _in_order(rows: list[tuple[str, Mapping[str, Any]]]) -> Source:
-    def at(index: int) -> tuple[str, Mapping[str, Any]]:
+def _in_order(rows: list[Row]) -> Source:
+    def at(index: int) -> Row:
         return rows[index % len(rows)]
 
     return at
 
 
-def _shuffled(rows: list[tuple[str, Mapping[str, Any]]], seed: int) -> Source:
+def _shuffled(rows: list[Row], seed: int) -> Source:
     """Every row once an epoch, in an order of its own for each epoch."""
     orders: dict[int, np.ndarray] = {}
 
-    def at(index: int) -> tuple[str, Mapping[str, Any]]:
+    def at(index: int) -> Row:
         epoch, place = divmod(index, len(rows))
         if epoch not in orders:
             orders.clear()
@@ -216,7 +287,12 @@ def _shuffled(rows: list[tuple[str, Mapping[str, Any]]], seed: int) -> Source:
     return at
 
 
-def _read_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _answer(task: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """What stands under the first of the keys that is there."""
+    return next((task[key] for key in keys if key in task), None)
+
+
+def _read_rows(path: Path, answer_keys: Sequence[str]) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -233,9 +309,11 @@ def _read_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             problems.append(f"line {number}: not JSON: {error}")
             continue
         if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) and row[key].strip() for key in ("prompt", "answer")
+            isinstance(text, str) and text.strip()
+            for text in (row.get("prompt"), _answer(row, answer_keys))
         ):
-            problems.append(f"line {number}: needs the texts 'prompt' and 'answer', both not empty")
+            named = " or ".join(map(repr, answer_keys))
+            problems.append(f"line {number}: needs the texts 'prompt' and {named}, both not empty")
         else:
             rows.append((row["prompt"], row))
     if problems:

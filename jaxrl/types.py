@@ -46,6 +46,13 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Example(Prompt):
+    """A prompt with the completion that is to be learned."""
+
+    completion: tuple[int, ...]  # its end-of-sequence token included
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn: from softmax(logits / temperature), unless an option below `n`
     changes that distribution, which training refuses (`exact`).

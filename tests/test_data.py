@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jaxrl import data
-from jaxrl.config import Config
-from jaxrl.data import SKIPS_IN_A_ROW, fingerprint, load_tokenizer, open_data
+from jaxrl.config import Config, SftConfig
+from jaxrl.data import SKIPS_IN_A_ROW, fingerprint, load_tokenizer, open_data, open_examples
 from jaxrl.models.config import DecoderConfig
 from jaxrl.types import UserError
 
@@ -363,3 +363,47 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_an_error_that_names_it(conten
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path, decoder_config(64))
+
+
+def sft_config(path: str, **data) -> SftConfig:
+    return SftConfig.model_validate(
+        {
+            "run": {"name": "test", "steps": 20},
+            "model": {"path": "nowhere"},
+            "data": {"source": "jsonl", "path": path, "held_out": 0} | data,
+        }
+    )
+
+
+def test_a_completion_is_tokenized_alone_and_ends_with_one_end(tmp_path):
+    tokenizer = make_tokenizer(bos=True)
+    start, end, other_end = (tokenizer.token_to_id(x) for x in ("<s>", "</s>", "<60>"))
+    rows = [{"prompt": "aa", "completion": "bc", "answer": "q"}, {"prompt": "aa", "answer": "c"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def completions(ends: tuple[int, ...], template: str) -> set[tuple[str | int, ...]]:
+        c = sft_config(path, completion_template=template)
+        stream, _ = open_examples(c, tokenizer, ends)
+        examples = stream.take(2)
+        assert stream.epochs == 1.0
+        assert all(example.tokens[0] == start for example in examples)
+        return {
+            tuple(i if i in ends else tokenizer.id_to_token(i) for i in example.completion)
+            for example in examples
+        }
+
+    assert completions((end, other_end), "{completion}.") == {("b", "c", ".", end), ("c", ".", end)}
+    stop = tokenizer.token_to_id("c")
+    assert completions((end, stop), "{completion}") == {("b", stop), (stop,)}
+
+
+def test_examples_whose_completions_are_too_long_are_passed_over_and_counted(tmp_path, tokenizer):
+    rows = [{"prompt": "aa", "completion": "b" * n} for n in (1, 2, 3, 4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    stream, _ = open_examples(sft_config(path, max_completion_tokens=3), tokenizer, (1,))
+    assert {len(example.completion) for example in stream.take(4)} == {2, 3}
+    assert stream.skipped_too_long == stream.cursor - 4 > 0
+    path = write_rows(tmp_path / "long.jsonl", rows[2:])
+    stream, _ = open_examples(sft_config(path, max_completion_tokens=3), tokenizer, (1,))
+    with pytest.raises(UserError, match=r"data\.max_completion_tokens = 3"):
+        stream.take(1)
