@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxrl.config import Config
+from jaxrl.config import Config, RunConfig, SftConfig
 from jaxrl.types import TrainBatch, UserError
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
@@ -19,18 +19,19 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from bridge.export import Exporter
     from bridge.publisher import Score
     from bridge.wire import HostTensor
+    from jaxrl.checkpoint import Restored
     from jaxrl.hosts import Hosts
     from jaxrl.models.config import DecoderConfig, LoraConfig
     from jaxrl.models.decoder import Params, Policy
     from jaxrl.models.params import ParamSpec
     from jaxrl.models.params import Path as ParamPath
     from jaxrl.rundir import RunDir
-    from jaxrl.update import Metrics, TrainState, Update
+    from jaxrl.update import Metrics, Nll, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
 
 
-def open_model(c: Config) -> tuple[Path, DecoderConfig]:
+def open_model(c: Config | SftConfig) -> tuple[Path, DecoderConfig]:
     from jaxrl.model_dir import find_model
     from jaxrl.models.config import load_config
     from jaxrl.models.params import trained_specs
@@ -58,6 +59,7 @@ class Learner:
     state: TrainState
     update: Update
     score: Score
+    nll: Nll
     export: Exporter | LedExporter  # of what trains, for every publish
     export_frozen: Exporter | LedExporter  # of the weights beside adapters
     export_merged: Callable[[Params], list[HostTensor]]  # of the whole policy, from what trains
@@ -73,7 +75,7 @@ class Learner:
         save_model(self.export_merged(params), model_dir, run_dir.export)
 
 
-def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner:
+def build_learner(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig) -> Learner:
     import jax
 
     from bridge.checkpoints import load_params
@@ -83,7 +85,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     from jaxrl.models.lora import fingerprint, merged_params, with_adapters
     from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.sampler import make_score
-    from jaxrl.update import init_state, make_optimizer, make_update
+    from jaxrl.update import init_state, make_nll, make_optimizer, make_update
 
     mesh, lora = make_mesh(c.mesh), lora_config(c)
     specs, trained = param_specs(decoder), trained_specs(decoder, lora)
@@ -100,7 +102,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
     update = make_update(
-        policy, optimizer, c.algorithm, c.update, c.rollout.temperature, mesh, state, frozen
+        policy, optimizer, c.algorithm, c.update, c.temperature, mesh, state, frozen
     )
     export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20, c.publish.compare)
     export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
@@ -122,6 +124,7 @@ def build_learner(c: Config, model_dir: Path, decoder: DecoderConfig) -> Learner
         state=state,
         update=update,
         score=make_score(policy, frozen),
+        nll=make_nll(policy, c.update, mesh, frozen),
         export=export,
         export_frozen=export_frozen,
         export_merged=export_merged,
@@ -133,13 +136,20 @@ def lead(hosts: Hosts, learner: Learner) -> Learner:
     if hosts.alone:
         return learner
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def announce_rows(order: str, batch: TrainBatch) -> TrainBatch:
+        """Each process gets the rows that lie on its devices; returns those of this one."""
         from jaxrl.mesh import rows_of_process
 
         rows = [rows_of_process(learner.mesh, len(batch[0]), i) for i in range(hosts.count)]
         shards = [TrainBatch(*(array[held] for array in batch)) for held in rows]
-        hosts.announce("update", arrays=shards)
-        return learner.update(state, shards[0])
+        hosts.announce(order, arrays=shards)
+        return shards[0]
+
+    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        return learner.update(state, announce_rows("update", batch))
+
+    def nll(params: Params, batch: TrainBatch) -> float:
+        return learner.nll(params, announce_rows("nll", batch))
 
     def led(order: str, exporter: Exporter | LedExporter) -> LedExporter:
         assert not isinstance(exporter, LedExporter), order
@@ -149,10 +159,71 @@ def lead(hosts: Hosts, learner: Learner) -> Learner:
         learner,
         update=update,
         score=hosts.together("score", learner.score),
+        nll=nll,
         export=led("export", learner.export),
         export_frozen=led("export_frozen", learner.export_frozen),
         export_merged=hosts.together("export_merged", learner.export_merged),
     )
+
+
+@dataclass
+class Checkpoints:
+    """Those of a run. The first process uses them; the others write and read their shards then."""
+
+    c: RunConfig
+    hosts: Hosts
+    learner: Learner
+    run_dir: RunDir
+    data_fingerprint: str
+
+    def save(self, step: int, state: TrainState, own: Mapping[str, Any]) -> None:
+        """`own`: what the kind of run needs beside the state to go on, JSON-able."""
+        from jaxrl import checkpoint
+
+        host = {
+            **own,
+            "data_fingerprint": self.data_fingerprint,
+            "frozen_fingerprint": self.learner.frozen_fingerprint,
+            "config": self.c.model_dump(mode="json"),
+        }
+        self.hosts.announce("save", step)
+        checkpoint.save(self.run_dir.checkpoints, step, state, host, self.c.checkpoint.keep)
+
+    def newest(self) -> Restored | None:
+        """The newest verified one; None: none was written yet.
+
+        Raises:
+          UserError: it belongs to other data or other frozen weights, or the run is complete.
+        """
+        from jaxrl import checkpoint
+
+        for change in self.run_dir.changes:
+            print(f"resuming with {change}")
+        newest, rejected = checkpoint.find_newest(self.run_dir.checkpoints)
+        if newest is None:
+            print("no checkpoint was written yet: starting from the first step")
+            return None
+        self.hosts.announce("restore", newest.name)
+        restored = checkpoint.restore(newest, abstract(self.learner.state), rejected)
+        for line in restored.rejected:
+            print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+        if restored.host["data_fingerprint"] != self.data_fingerprint:
+            raise UserError(
+                f"{self.run_dir.path}: the data is not what this run was trained on so far "
+                "(another file, or other data.* keys); bring it back, or start a new run"
+            )
+        if restored.host["frozen_fingerprint"] != self.learner.frozen_fingerprint:
+            raise UserError(
+                f"{self.run_dir.path}: the weights in model.path are not those that these adapters "
+                "were trained beside; bring them back, or start a new run"
+            )
+        print(f"resumed after step {restored.step}")
+        if restored.step >= self.c.run.steps:
+            raise UserError(
+                f"{self.run_dir.path}: the run is complete, {restored.step} of run.steps = "
+                f"{self.c.run.steps} steps; raise --run.steps to train further"
+            )
+        return restored
 
 
 @dataclass
@@ -188,7 +259,7 @@ class LedExporter:
         return self.exporter(params)
 
 
-def make_policy(c: Config, decoder: DecoderConfig, mesh: Mesh) -> Policy:
+def make_policy(c: RunConfig, decoder: DecoderConfig, mesh: Mesh) -> Policy:
     """What `auto` means in model.* is decided by the mesh's devices. Says so where attention cannot
     be what they are best at."""
     import jax.numpy as jnp
@@ -209,7 +280,7 @@ def make_policy(c: Config, decoder: DecoderConfig, mesh: Mesh) -> Policy:
     return Policy(decoder, jnp.dtype(compute), remat, lora_scale, attention, mesh)
 
 
-def lora_config(c: Config) -> LoraConfig | None:
+def lora_config(c: RunConfig) -> LoraConfig | None:
     from jaxrl.models.config import LoraConfig
 
     if not c.lora.rank:
@@ -226,11 +297,10 @@ def abstract(state: TrainState) -> TrainState:
     )
 
 
-def check_lengths(c: Config, decoder: DecoderConfig) -> None:
+def check_lengths(c: Config | SftConfig, decoder: DecoderConfig) -> None:
     if c.max_model_len > decoder.max_positions:
         raise UserError(
-            "data.max_prompt_tokens and the larger of rollout.max_new_tokens and "
-            f"eval.max_new_tokens are {c.max_model_len} tokens together, but the policy has "
+            f"{c.lengths} are {c.max_model_len} tokens together, but the policy has "
             f"{decoder.max_positions} positions; lower one of them"
         )
     if not decoder.eos_token_ids:
@@ -239,7 +309,7 @@ def check_lengths(c: Config, decoder: DecoderConfig) -> None:
         )
 
 
-def check_mesh(c: Config, decoder: DecoderConfig) -> None:
+def check_mesh(c: RunConfig, decoder: DecoderConfig) -> None:
     size, moe = c.mesh.expert, decoder.moe
     if size > 1 and moe is None:
         raise UserError(

@@ -141,3 +141,25 @@ def grpo_loss(
         "correction/ess": mean(weight_BC) ** 2 / jnp.maximum(mean(weight_BC**2), 1e-30),
     }
     return loss, metrics
+
+
+def nll_loss(
+    logprobs_BC: Array,
+    proximal_logprobs_BC: Array,
+    batch: TrainBatch,
+    *,
+    tokens: Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood, averaged over every trained token of the global batch.
+
+    Args:
+      logprobs_BC: float32 nats, under the policy being trained.
+      proximal_logprobs_BC: not looked at; objectives have the same arguments.
+      batch, tokens: as for `grpo_loss`.
+
+    Returns:
+      The scalar loss in nats, and nothing else to log.
+    """
+    trained_BC = batch.loss_mask_BC > 0
+    tokens = jnp.maximum(batch.loss_mask_BC.sum() if tokens is None else tokens, 1.0)
+    return -jnp.where(trained_BC, logprobs_BC, 0.0).sum() / tokens, {}

@@ -16,7 +16,16 @@ from typing import IO, Any
 import numpy as np
 
 from jaxrl import durable
-from jaxrl.report import History, Summary, format_closing, format_header, format_step, seconds_left
+from jaxrl.report import (
+    COLUMNS,
+    Columns,
+    History,
+    Summary,
+    format_closing,
+    format_header,
+    format_step,
+    seconds_left,
+)
 from jaxrl.types import Group, UserError
 
 _HEADER_EVERY = 20  # lines
@@ -37,15 +46,18 @@ class RunLog:
         steps_total: int,
         resume_step: int,
         tensorboard: bool,
+        columns: Columns = COLUMNS,
         console: IO[str] | None = None,
         tell: Callable[[Mapping[str, float]], object] | None = None,
     ) -> None:
         """Args:
         resume_step: the last step that counts, -1 in a new run. What a killed process has
           reported about later steps is removed, since those are trained again.
+        columns: of the console.
         console: default: the standard output.
         tell: who else is to have the numbers of a step.
         """
+        self._columns = columns
         self._run_dir, self._steps_total = run_dir, steps_total
         self._console, self._tell = console or sys.stdout, tell
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -80,12 +92,11 @@ class RunLog:
             self._step_seconds.append(now - self._last_time)
         self._last_time = now
         if self._lines % _HEADER_EVERY == 0:
-            self._print(format_header(self._steps_total))
+            self._print(format_header(self._steps_total, self._columns))
         self._lines += 1
         left = seconds_left(self._step_seconds, self._steps_total - step)
-        self._print(
-            format_step(step, self._steps_total, {**numbers, **self._last_evaluation()}, left)
-        )
+        shown = {**numbers, **self._last_evaluation()}
+        self._print(format_step(step, self._steps_total, shown, left, self._columns))
 
     def samples(
         self,
@@ -126,8 +137,7 @@ class RunLog:
         self.close()
 
     def _last_evaluation(self) -> dict[str, float]:
-        value = self.history.latest.get("eval/accuracy")
-        return {} if value is None else {"eval/accuracy": value}
+        return {k: v for k, v in self.history.latest.items() if k.startswith("eval/")}
 
     def _write_events(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._events is not None:

@@ -19,6 +19,20 @@ COLUMNS = {
     "sync s": ("time/publish_s", "{:.2f}"),
     "update s": ("time/update_s", "{:.2f}"),
 }
+SFT_COLUMNS = {
+    "epoch": ("data/epochs", "{:.2f}"),
+    "loss": ("loss", "{:.4f}"),
+    "held-out": ("eval/nll", "{:.4f}"),
+    "train tok/s": ("tokens_per_s/train", "{:,.0f}"),
+    "update s": ("time/update_s", "{:.2f}"),
+}
+# What the closing lines compare, first and last: metric -> (its name there, format).
+CLOSING = {
+    "reward/mean": ("reward", "{:.3f}"),
+    "eval/accuracy": ("held-out accuracy", "{:.1%}"),
+    "eval/nll": ("held-out loss", "{:.4f}"),
+}
+Columns = Mapping[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +54,28 @@ class History:
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.step = step
-        for name in ("reward/mean", "eval/accuracy"):
+        for name in CLOSING:
             value = metrics.get(name)
             if value is not None and math.isfinite(value):
                 self.first.setdefault(name, value)
                 self.latest[name] = value
 
 
-def format_header(steps_total: int) -> str:
-    cells = [name.rjust(_width(name)) for name in COLUMNS]
+def format_header(steps_total: int, columns: Columns = COLUMNS) -> str:
+    cells = [name.rjust(_width(name)) for name in columns]
     return "  ".join(["step".rjust(_step_width(steps_total)), *cells, "time left".rjust(9)])
 
 
 def format_step(
-    step: int, steps_total: int, metrics: Mapping[str, float], left_s: float | None
+    step: int,
+    steps_total: int,
+    metrics: Mapping[str, float],
+    left_s: float | None,
+    columns: Columns = COLUMNS,
 ) -> str:
     """One console line, aligned with `format_header`."""
     cells = []
-    for name, (metric, template) in COLUMNS.items():
+    for name, (metric, template) in columns.items():
         value = metrics.get(metric)
         cells.append(("-" if value is None else template.format(value)).rjust(_width(name)))
     position = f"{step}/{steps_total}".rjust(_step_width(steps_total))
@@ -80,10 +98,7 @@ def format_duration(seconds: float) -> str:
 def format_closing(summary: Summary, history: History, steps_total: int) -> str:
     done = 0 if history.step is None else history.step
     lines = ["", f"{summary.ended}: {done} of {steps_total} steps"]
-    for metric, label, template in (
-        ("reward/mean", "reward", "{:.3f}"),
-        ("eval/accuracy", "held-out accuracy", "{:.1%}"),
-    ):
+    for metric, (label, template) in CLOSING.items():
         if metric in history.latest:
             first, latest = history.first[metric], history.latest[metric]
             lines.append(f"  {label}: {template.format(first)} -> {template.format(latest)}")

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl.config import Config
+from jaxrl.config import Config, RunConfig, SftConfig
 from jaxrl.interrupt import Interrupt
 from jaxrl.learner import (
     FROZEN_DTYPE,
+    Checkpoints,
     Learner,
     LedExporter,
     abstract,
@@ -43,7 +44,7 @@ from jaxrl.measure import (
     describe_rollouts,
     describe_times,
 )
-from jaxrl.settings import Command, describe, parse_command_line, to_yaml
+from jaxrl.settings import C, Command, describe, parse_command_line, to_yaml
 from jaxrl.types import (
     Group,
     Prompt,
@@ -79,15 +80,20 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return start(sys.argv[1:] if arguments is None else arguments, Config, train)
+
+
+def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts], int]) -> int:
+    """A command line -> its exit code. The first process does `go`, the others `follow`."""
     try:
-        command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        command = parse_command_line(arguments, kind)
         if command.dry_run:
             print(to_yaml(command.config) + "\n" + describe(command.config))
             return 0
         from jaxrl.hosts import join
 
         with join(command.config, report_error) as hosts:
-            code = train(command, hosts) if hosts.first else follow(command.config, hosts)
+            code = go(command, hosts) if hosts.first else follow(command.config, hosts)
             hosts.end(code)
         return code
     except (RunError, KeyboardInterrupt) as error:
@@ -280,7 +286,7 @@ def evaluate(parts: Parts, collector: Collector) -> float:
     return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
 
 
-def refuse_to_go_on_skipping(c: Config, state: TrainState, step: int) -> None:
+def refuse_to_go_on_skipping(c: RunConfig, state: TrainState, step: int) -> None:
     skipped = int(state.skipped_in_a_row)
     if skipped >= c.optimizer.max_skipped_updates:
         raise RunError(
@@ -290,7 +296,7 @@ def refuse_to_go_on_skipping(c: Config, state: TrainState, step: int) -> None:
         )
 
 
-def train(command: Command, hosts: Hosts) -> int:
+def train(command: Command[Config], hosts: Hosts) -> int:
     """Puts the parts together, runs the loop, and leaves the run directory complete."""
     from jaxrl.data import fingerprint, load_tokenizer, open_data
     from jaxrl.rewards import make_reward
@@ -316,7 +322,6 @@ def train(command: Command, hosts: Hosts) -> int:
             cleanup.callback(fleet.close)
             hosts.at_loss.append(fleet.close)
 
-        from jaxrl import checkpoint
         from jaxrl.ledger import Ledger
         from jaxrl.metrics import RunLog
         from jaxrl.sampler import InProcessEngine
@@ -324,16 +329,11 @@ def train(command: Command, hosts: Hosts) -> int:
         learner = lead(hosts, build_learner(c, model_dir, decoder))
         for line in learner.kept_whole:
             print(f"mesh: {line}")
+        checkpoints = Checkpoints(c, hosts, learner, run_dir, data_fingerprint)
         state, first_step, last_version, book = learner.state, 0, 0, None
-        if command.resume:
-            state, first_step, last_version, book = resume(
-                run_dir, learner, hosts, data_fingerprint
-            )
-            if first_step >= c.run.steps:
-                raise UserError(
-                    f"{run_dir.path}: the run is complete, {first_step} of run.steps = "
-                    f"{c.run.steps} steps; raise --run.steps to train further"
-                )
+        if command.resume and (restored := checkpoints.newest()):
+            state, first_step = restored.arrays, restored.step
+            last_version, book = restored.host["version"], restored.host["ledger"]
         log = cleanup.enter_context(
             RunLog(
                 run_dir.path,
@@ -348,15 +348,7 @@ def train(command: Command, hosts: Hosts) -> int:
         stream.cursor = ledger.cursor
 
         def save(step: int, state: TrainState, version: int, book: Mapping[str, Any]) -> None:
-            host = {
-                "version": version,
-                "ledger": book,
-                "data_fingerprint": data_fingerprint,
-                "frozen_fingerprint": learner.frozen_fingerprint,
-                "config": c.model_dump(mode="json"),
-            }
-            hosts.announce("save", step)
-            checkpoint.save(run_dir.checkpoints, step, state, host, c.checkpoint.keep)
+            checkpoints.save(step, state, {"version": version, "ledger": book})
 
         next_version = VersionCounter(run_dir.weight_version_file, floor=last_version).next
         if fleet is None:
@@ -394,7 +386,7 @@ def train(command: Command, hosts: Hosts) -> int:
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
 
 
-def follow(c: Config, hosts: Hosts) -> int:
+def follow(c: Config | SftConfig, hosts: Hosts) -> int:
     """The part of every process but the first: what that one announces, with the shards here."""
     from bridge.encoding import Shadow
     from bridge.wire import Base
@@ -435,6 +427,8 @@ def follow(c: Config, hosts: Hosts) -> int:
                     shadow.settle(None if version is None else Base(*version))
                 case "score", [tokens]:
                     learner.score(state.params, tokens)
+                case "nll", _:
+                    learner.nll(state.params, TrainBatch(*order.arrays))
                 case "save", [step]:
                     checkpoint.save_shards(checkpoints, step, state)
                 case "restore", [name]:
@@ -684,37 +678,6 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def resume(
-    run_dir: RunDir, learner: Learner, hosts: Hosts, data_fingerprint: str
-) -> tuple[TrainState, int, int, Mapping[str, Any] | None]:
-    """State, step, weight version and ledger of the newest verified checkpoint; or those of a fresh
-    run."""
-    from jaxrl import checkpoint
-
-    for change in run_dir.changes:
-        print(f"resuming with {change}")
-    newest, rejected = checkpoint.find_newest(run_dir.checkpoints)
-    if newest is None:
-        print("no checkpoint was written yet: starting from the first step")
-        return learner.state, 0, 0, None
-    hosts.announce("restore", newest.name)
-    restored = checkpoint.restore(newest, abstract(learner.state), rejected)
-    for line in restored.rejected:
-        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
-    if restored.host["data_fingerprint"] != data_fingerprint:
-        raise UserError(
-            f"{run_dir.path}: the data is not what this run was trained on so far (another file, "
-            "or other data.* keys); bring it back, or start a new run"
-        )
-    if restored.host["frozen_fingerprint"] != learner.frozen_fingerprint:
-        raise UserError(
-            f"{run_dir.path}: the weights in model.path are not those that these adapters were "
-            "trained beside; bring them back, or start a new run"
-        )
-    print(f"resumed after step {restored.step}")
-    return restored.arrays, restored.step, restored.host["version"], restored.host["ledger"]
-
-
 def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished: bool) -> Summary:
     """How the run ended, where its outputs are, and the command that goes on with it."""
     from jaxrl.report import Summary
@@ -735,7 +698,9 @@ def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished:
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    return Summary(ended, outputs, shlex.join([str(python), "-m", "jaxrl.train", *arguments]))
+    return Summary(
+        ended, outputs, shlex.join([str(python), "-m", command.config.program, *arguments])
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.config import AlgorithmSection, OptimizerSection, UpdateSection
-from jaxrl.losses import grpo_loss, token_logprobs
-from jaxrl.mesh import keep_rows, partition, put_rows, row_shards
+from jaxrl.config import AlgorithmSection, OptimizerSection, SftSection, UpdateSection
+from jaxrl.losses import grpo_loss, nll_loss, token_logprobs
+from jaxrl.mesh import keep_rows, partition, put_rows, replicated, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
@@ -36,7 +36,9 @@ MICROBATCH, MICROBATCH_ON_CPU = 16384, 2048
 
 Metrics = dict[str, jax.Array]
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+Nll = Callable[[Params, TrainBatch], float]
 Scores = tuple[jax.Array, jax.Array]  # log-probs and entropies of sampled tokens, float32 [B, C]
+Scorer = Callable[[Params, Params, TrainBatch], Scores]  # (params, frozen, batch)
 
 
 def make_optimizer(c: OptimizerSection) -> Optimizer:
@@ -102,7 +104,7 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainSta
 def make_update(
     policy: Policy,
     optimizer: Optimizer,
-    algorithm: AlgorithmSection,
+    algorithm: AlgorithmSection | SftSection,
     c: UpdateSection,
     temperature: float,
     mesh: Mesh,
@@ -129,7 +131,7 @@ def make_update(
 def make_step(
     policy: Policy,
     optimizer: Optimizer,
-    algorithm: AlgorithmSection,
+    algorithm: AlgorithmSection | SftSection,
     c: UpdateSection,
     temperature: float,
     mesh: Mesh,
@@ -146,16 +148,11 @@ def make_step(
 
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay
     bitwise as they were. So is one with nothing to train on; only the former is counted in
-    `skipped_in_a_row`. Metrics: those of `losses.grpo_loss`, and `loss`, `entropy`, `grad_norm`
+    `skipped_in_a_row`. Metrics: those of the objective, and `loss`, `entropy`, `grad_norm`
     (before clipping), `update_norm`, `tokens/trained`, `update/skipped` (1 if it was),
     `update/compiled_shapes` (of batches, in this process).
     """
-    objective = functools.partial(
-        grpo_loss,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        correction_cap=algorithm.correction_cap if algorithm.correction == "token_tis" else None,
-    )
+    objective = make_objective(algorithm)
     gradient = make_gradient(policy, objective, c, temperature, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
@@ -191,6 +188,18 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
 
 
+def make_objective(c: AlgorithmSection | SftSection) -> Callable:
+    """Of `losses`: what is learned from a batch."""
+    if isinstance(c, SftSection):
+        return nll_loss
+    return functools.partial(
+        grpo_loss,
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        correction_cap=c.correction_cap if c.correction == "token_tis" else None,
+    )
+
+
 def make_gradient(
     policy: Policy,
     objective: Callable,
@@ -202,20 +211,16 @@ def make_gradient(
 
     One micro-batch after the other (update.max_tokens_per_microbatch), summed in float32.
     """
-    shards = row_shards(mesh)
-    chunk_tokens = shards * max((c.logits_mib << 20) // (4 * policy.config.vocab_size), 1)
+    shards, limit = row_shards(mesh), microbatch_tokens(c, mesh)
+    score = make_scorer(policy, c, temperature, mesh)
 
     def loss_fn(
         params: Params, frozen: Params, batch: TrainBatch, tokens: jax.Array
     ) -> tuple[jax.Array, Scores]:
-        whole = with_adapters(frozen, params)
-        scores = score_sampled(
-            policy, whole, batch, temperature, chunk_tokens, shards, c.share_prompts
-        )
+        scores = score(params, frozen, batch)
         loss, _ = objective(scores[0], jax.lax.stop_gradient(scores[0]), batch, tokens=tokens)
         return loss, scores
 
-    limit = microbatch_tokens(c, mesh)
     of_part = jax.grad(loss_fn, has_aux=True)
 
     def gradient(params: Params, frozen: Params, batch: TrainBatch) -> tuple[Params, Scores]:
@@ -234,6 +239,54 @@ def make_gradient(
         return total, jax.tree.map(lambda x: joined(x, shards), scores)
 
     return gradient
+
+
+def make_nll(policy: Policy, c: UpdateSection, mesh: Mesh, frozen: Params | None = None) -> Nll:
+    """Returns nll(params, batch): the negative log-likelihood of its trained tokens, summed, in
+    nats at temperature 1. Of several processes each passes its rows, and gets the whole sum."""
+    score = make_score_batch(policy, c, 1.0, mesh)
+
+    @jax.jit
+    def total(params: Params, frozen: Params, batch: TrainBatch) -> jax.Array:
+        return -jnp.where(batch.loss_mask_BC > 0, score(params, frozen, batch), 0.0).sum()
+
+    def nll(params: Params, batch: TrainBatch) -> float:
+        batch = jax.tree.map(lambda x: put_rows(mesh, x), batch)
+        return float(replicated(total(params, frozen or {}, batch)))
+
+    return nll
+
+
+def make_score_batch(
+    policy: Policy, c: UpdateSection, temperature: float, mesh: Mesh
+) -> Callable[[Params, Params, TrainBatch], jax.Array]:
+    """Returns score_batch(params, frozen, batch): log-probs of its sampled tokens, float32 [B, C],
+    one micro-batch after the other."""
+    shards, limit = row_shards(mesh), microbatch_tokens(c, mesh)
+    score = make_scorer(policy, c, temperature, mesh)
+
+    def score_batch(params: Params, frozen: Params, batch: TrainBatch) -> jax.Array:
+        B, T = batch.tokens_BT.shape
+        parts = B // rows_of_microbatch(B, T, limit, shards)
+        split_batch = jax.tree.map(lambda x: split(x, parts, shards), batch)
+        logprobs = jax.lax.map(lambda part: score(params, frozen, part)[0], split_batch)
+        return joined(logprobs, shards)
+
+    return score_batch
+
+
+def make_scorer(policy: Policy, c: UpdateSection, temperature: float, mesh: Mesh) -> Scorer:
+    """Returns score(params, frozen, batch): of a micro-batch's sampled tokens."""
+    shards = row_shards(mesh)
+    chunk_tokens = shards * max((c.logits_mib << 20) // (4 * policy.config.vocab_size), 1)
+
+    def score(params: Params, frozen: Params, batch: TrainBatch) -> Scores:
+        whole = with_adapters(frozen, params)
+        return score_sampled(
+            policy, whole, batch, temperature, chunk_tokens, shards, c.share_prompts
+        )
+
+    return score
 
 
 def microbatch_tokens(c: UpdateSection, mesh: Mesh) -> int:

@@ -62,6 +62,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.fleet"],
     ["jaxrl.learner"],
     ["jaxrl.train"],
+    ["jaxrl.sft"],
 ]
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 
@@ -207,10 +208,12 @@ def test_the_trainer_never_names_torch_vllm_or_ray(module):
     assert not heavy, f"{module} imports {sorted(heavy)}"
 
 
-@pytest.mark.parametrize("module", ["jaxrl.train", "bridge.fleet", "bridge.engines.vllm"])
+@pytest.mark.parametrize(
+    "module", ["jaxrl.train", "jaxrl.sft", "bridge.fleet", "bridge.engines.vllm"]
+)
 def test_what_loads_in_a_fresh_process_is_what_the_table_allows(module):
-    """The table reads source; this runs it. `jaxrl.train` must answer a typo without jax."""
-    forbidden = HEAVY if module == "jaxrl.train" else NEVER_REACHES[module]
+    """The table reads source; this runs it. The commands must answer a typo without jax."""
+    forbidden = NEVER_REACHES.get(module, HEAVY)
     code = f"import sys, {module}; print(*sorted({forbidden!r} & set(sys.modules)))"
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120

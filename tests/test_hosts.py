@@ -26,15 +26,22 @@ SMALL = [
     *("--rollout.prompts_per_step=8", "--rollout.group_size=4", "--data.held_out=8"),
     *("--optimizer.warmup_steps=2", "--update.share_prompts=false", "--checkpoint.every_steps=3"),
 ]
+TRAIN = ("jaxrl.train", *SMALL)
+FINE_TUNE = (
+    *("jaxrl.sft", "--config", str(ROOT / "configs" / "arithmetic_sft.yaml"), "--run.name=run"),
+    *("--sft.sequences_per_step=16", "--data.held_out=20", "--optimizer.warmup_steps=1"),
+)
 SPLIT = ("--mesh.fsdp=4", "--mesh.tensor=2")  # of the parameters, and over both processes
 # The compiler takes a third of the time without its optimizations.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], devices: int) -> Iterator[subprocess.Popen]:
+def started(
+    arguments: list[str], devices: int, command: tuple[str, ...] = TRAIN
+) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxrl.train", *SMALL, *arguments],
+        [sys.executable, "-m", *command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,7 +63,9 @@ def started(arguments: list[str], devices: int) -> Iterator[subprocess.Popen]:
 
 
 @contextlib.contextmanager
-def pair(*arguments: str, each: dict[int, list[str]] | None = None) -> Iterator[list]:
+def pair(
+    *arguments: str, each: dict[int, list[str]] | None = None, command: tuple[str, ...] = TRAIN
+) -> Iterator[list]:
     """Two processes of one run; `each` has arguments of their own."""
     port = free_port()
     with contextlib.ExitStack() as stack:
@@ -71,6 +80,7 @@ def pair(*arguments: str, each: dict[int, list[str]] | None = None) -> Iterator[
                         *(each or {}).get(i, []),
                     ],
                     devices=4,
+                    command=command,
                 )
             )
             for i in range(2)
@@ -135,6 +145,18 @@ def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     together(f"--run.dir={folder}", "--run.steps=5")
     return folder / "run"
+
+
+def test_two_processes_fine_tune_as_one_does(tmp_path):
+    arguments = [*SPLIT, f"--run.dir={tmp_path}", "--run.steps=2"]
+    with pair(*arguments, command=FINE_TUNE) as processes:
+        ended(processes, 0, 0)
+    with started([*arguments, "--run.name=one"], 8, FINE_TUNE) as process:
+        ended([process], 0)
+    for ours, theirs in zip(lines(tmp_path / "run"), lines(tmp_path / "one"), strict=True):
+        assert ours.keys() == theirs.keys() and ours.get("loss") != 0.0
+        for key in ("loss", "grad_norm", "eval/nll"):
+            np.testing.assert_allclose(ours.get(key, 0), theirs.get(key, 0), rtol=1e-4)
 
 
 def test_two_processes_train_what_one_trains(one, two):
