@@ -1,13 +1,19 @@
-"""Rewards of a group -> advantages. Pure functions of arrays.
+"""Rewards -> advantages. Pure functions of arrays.
 
 On the host: they are few numbers, and a trip to the device costs more than computing them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl.config import AlgorithmSection
+from jaxrl.objectives.custom import is_custom, load
+from jaxrl.types import UserError
+
 EQUAL = 1e-6  # rewards closer than this are the same reward: floats that are summed differ in bits
+EPS = 1e-6  # added to a standard deviation
 
 
 class Advantages(NamedTuple):
@@ -17,51 +23,159 @@ class Advantages(NamedTuple):
     weights_PG: np.ndarray
 
 
-def group_advantages(
-    rewards_PG: np.ndarray,
-    *,
-    normalize_std: bool = True,
-    mask_equal_rewards: bool = True,
-    eps: float = 1e-6,
+def estimate_advantages(
+    rewards_PG: np.ndarray, tokens_PG: np.ndarray, c: AlgorithmSection
 ) -> Advantages:
-    """How much better each completion is than its siblings.
-
-        A_i = (R_i - mean(R)) / (std(R) + eps)
-
-    std has Bessel's correction (ddof 1). Without `normalize_std` the difference alone remains.
+    """How much better each completion is than was to be expected, by `algorithm.advantage`.
 
     A reward that is not finite means "unknown" (the verifier failed): that completion leaves the
-    group, its statistics and the loss. A group with fewer than two known rewards has nothing to
-    compare and leaves the loss as well. A group whose known rewards are equal (within 1e-6) has
-    advantage 0; with `mask_equal_rewards` it leaves the loss and its denominator too.
+    group, all statistics and the loss. A group with fewer than two known rewards has nothing to
+    compare and leaves them as well. A group whose known rewards are equal (within 1e-6) has
+    exactly equal ones for the estimator; with `mask_equal_rewards` it leaves like an unknown.
 
     Args:
       rewards_PG: float32 [P, G], NaN where unknown.
+      tokens_PG: int [P, G], how many tokens of each completion can be trained on.
 
     Returns:
       float32 advantages and weights, both [P, G].
 
-    Sources: GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2; the mean alone, Liu et al.
-    2025 (Dr. GRPO), arXiv:2503.20783.
+    Raises:
+      UserError: the estimator is the user's own, and cannot be called, or returns something else
+        than [P, G].
     """
     known_PG = np.isfinite(rewards_PG)
-    count_P1 = known_PG.sum(axis=1, keepdims=True)
     rewards_PG = np.where(known_PG, rewards_PG, 0.0).astype(np.float64)
-
-    mean_P1 = rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
-    centered_PG = np.where(known_PG, rewards_PG - mean_P1, 0.0)
-    # Of the rewards, not of `centered_PG`: the mean of equal floats may differ from each of them.
+    # Of the rewards themselves: the mean of equal floats may differ from each of them.
     highest_P1 = np.where(known_PG, rewards_PG, -np.inf).max(axis=1, keepdims=True)
     lowest_P1 = np.where(known_PG, rewards_PG, np.inf).min(axis=1, keepdims=True)
     equal_P1 = highest_P1 - lowest_P1 <= EQUAL
-    comparable_P1 = count_P1 >= 2
-
-    scale_P1 = np.ones_like(mean_P1)
-    if normalize_std:
-        variance_P1 = (centered_PG**2).sum(axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
-        scale_P1 = np.sqrt(variance_P1) + eps
-    advantages_PG = np.where(comparable_P1 & ~equal_P1, centered_PG / scale_P1, 0.0)
-    trained_PG = known_PG & comparable_P1
-    if mask_equal_rewards:
+    trained_PG = known_PG & (known_PG.sum(axis=1, keepdims=True) >= 2)
+    if c.mask_equal_rewards:
         trained_PG &= ~equal_P1
+
+    rewards_PG = np.where(trained_PG, np.where(equal_P1, lowest_P1, rewards_PG), np.nan)
+    tokens_PG = np.where(trained_PG, tokens_PG, 0)
+    advantages_PG = _estimate(c.advantage, rewards_PG, tokens_PG)
+    trained_PG &= np.isfinite(advantages_PG)
+    advantages_PG = np.where(trained_PG, advantages_PG, 0.0)
     return Advantages(advantages_PG.astype(np.float32), trained_PG.astype(np.float32))
+
+
+# An estimator is a function of rewards [P, G], float64 and NaN for completions that are left out,
+# and of the tokens that each trains, 0 for those. Completions with NaN in its result leave as well.
+Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _estimate(name: str, rewards_PG: np.ndarray, tokens_PG: np.ndarray) -> np.ndarray:
+    if not is_custom(name):
+        return OWN[name](rewards_PG, tokens_PG)
+    advantages_PG = np.asarray(load("advantage", name)(rewards_PG, tokens_PG))
+    if advantages_PG.shape != rewards_PG.shape:
+        raise UserError(
+            f"algorithm.advantage = {name}: it returned shape {advantages_PG.shape} where one "
+            f"advantage for each completion, {rewards_PG.shape}, was expected"
+        )
+    return advantages_PG
+
+
+def grpo(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """(R - mean of the group) / (std of the group + eps); ddof 1.
+
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
+    """
+    return _centered(rewards_PG) / (_deviation(rewards_PG, axis=1) + EPS)
+
+
+def dr_grpo(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """R - mean of the group. Liu et al. 2025, arXiv:2503.20783."""
+    return _centered(rewards_PG)
+
+
+def rloo(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """R - mean of the siblings' rewards. Ahmadian et al. 2024, arXiv:2402.14740."""
+    count_P1 = _count(rewards_PG, axis=1)
+    return _centered(rewards_PG) * count_P1 / np.maximum(count_P1 - 1, 1)
+
+
+def reinforce_pp(rewards_PG: np.ndarray, tokens_PG: np.ndarray) -> np.ndarray:
+    """R whitened over the batch's tokens: (R - mean) / (std + eps), where a completion counts as
+    often as it has tokens; ddof 1. Hu et al. 2025, arXiv:2501.03262, at discount 1."""
+    return _whitened(rewards_PG, tokens_PG)
+
+
+def reinforce_pp_baseline(rewards_PG: np.ndarray, tokens_PG: np.ndarray) -> np.ndarray:
+    """R - mean of the group, whitened over the batch's tokens. As `reinforce_pp`."""
+    return _whitened(_centered(rewards_PG), tokens_PG)
+
+
+def batch_std(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """(R - mean of the group) / (std of all rewards + eps); ddof 1.
+
+    LitePPO, arXiv:2508.08221; ScaleRL, arXiv:2510.13786.
+    """
+    return _centered(rewards_PG) / (_deviation(rewards_PG, axis=None) + EPS)
+
+
+def maxrl(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """(R - mean) / mean of the group, for rewards of 0 and more; 0 where the mean is not positive.
+
+    arXiv:2602.02710.
+    """
+    mean_P1 = _mean(rewards_PG, axis=1)
+    return _centered(rewards_PG) / np.where(mean_P1 > EQUAL, mean_P1, np.inf)
+
+
+def pass_at_k(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """(R - second best of the group) / (std of the group + eps) for the best, 0 for the others:
+    what the best of k completions, the group, owes to this one. arXiv:2503.19595."""
+    known_PG = np.isfinite(rewards_PG)
+    ranked_PG = np.sort(np.where(known_PG, rewards_PG, -np.inf), axis=1)
+    ahead_PG = np.maximum(rewards_PG - ranked_PG[:, -2:][:, :1], 0.0)
+    return ahead_PG / (_deviation(rewards_PG, axis=1) + EPS)
+
+
+OWN: dict[str, Estimator] = {
+    estimator.__name__: estimator
+    for estimator in (
+        grpo,
+        dr_grpo,
+        rloo,
+        reinforce_pp,
+        reinforce_pp_baseline,
+        batch_std,
+        maxrl,
+        pass_at_k,
+    )
+}
+
+
+# Of what is finite, with the reduced axes kept. Without any the results are 0.
+
+
+def _count(x_PG: np.ndarray, axis: int | None) -> np.ndarray:
+    return np.isfinite(x_PG).sum(axis=axis, keepdims=True)
+
+
+def _mean(x_PG: np.ndarray, axis: int | None) -> np.ndarray:
+    return np.nansum(x_PG, axis=axis, keepdims=True) / np.maximum(_count(x_PG, axis), 1)
+
+
+def _centered(x_PG: np.ndarray) -> np.ndarray:
+    """Minus the group's mean; exactly 0 where all of a group are the same float."""
+    lowest_P1 = np.where(np.isfinite(x_PG), x_PG, np.inf).min(axis=1, keepdims=True)
+    above_PG = x_PG - lowest_P1
+    return above_PG - _mean(above_PG, axis=1)
+
+
+def _deviation(x_PG: np.ndarray, axis: int | None) -> np.ndarray:
+    squares_PG = (x_PG - _mean(x_PG, axis)) ** 2
+    freedom = np.maximum(_count(x_PG, axis) - 1, 1)
+    return np.sqrt(np.nansum(squares_PG, axis=axis, keepdims=True) / freedom)
+
+
+def _whitened(x_PG: np.ndarray, tokens_PG: np.ndarray) -> np.ndarray:
+    total = max(tokens_PG.sum(), 1)
+    mean = np.nansum(x_PG * tokens_PG) / total
+    variance = np.nansum((x_PG - mean) ** 2 * tokens_PG) / max(total - 1, 1)
+    return (x_PG - mean) / (np.sqrt(variance) + EPS)

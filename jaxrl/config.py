@@ -4,10 +4,15 @@ A configuration is one YAML file plus overrides (`settings.py` reads them); here
 in it. Models are frozen and strict, and a key that is not listed is an error.
 """
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from jaxrl.objectives.choices import ADVANTAGES, LOSSES, PRESETS, resolved
 
 
 def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
@@ -25,7 +30,12 @@ class Section(BaseModel):
 class RunSection(Section):
     name: str = knob(..., "name of the run; its outputs go to DIR/NAME", pattern=r"^\w[\w.-]*$")
     dir: str = knob("runs", "directory that holds all runs")
-    steps: int = knob(..., "optimizer steps in the whole run, resumed parts included", ge=1)
+    steps: int = knob(
+        ...,
+        "batches in the whole run, resumed parts included; algorithm.updates_per_batch says how "
+        "many optimizer steps each is",
+        ge=1,
+    )
     seed: int = knob(0, "seed of sampling and data order", ge=0, lt=2**31)
 
 
@@ -261,19 +271,135 @@ class VllmSection(Section):
         return f"{self.min_engines}{several} vLLM engine(s){servers}"
 
 
+def _known(names: Collection[str], or_own: bool = True) -> AfterValidator:
+    listed = ", ".join(names) + (" or MODULE:FUNCTION of your own" if or_own else "")
+
+    def check(name: str) -> str:
+        own = or_own and re.fullmatch(r"\w+(\.\w+)*:\w+", name)
+        if name not in names and not own:
+            raise PydanticCustomError("name", "{listed}", {"listed": listed})
+        return name
+
+    return AfterValidator(check)
+
+
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class AlgorithmSection(Section):
-    normalize_std: bool = knob(
-        True, "divide advantages by the group's standard deviation (GRPO); false: mean only"
+    """docs/algorithms.md has the formulas."""
+
+    preset: Annotated[str, _known(PRESETS, or_own=False)] | None = knob(
+        None,
+        f"a paper's choices for the keys below: {', '.join(PRESETS)}. What is set "
+        "beside it wins, and --dry-run shows what comes out. default: the defaults of each key",
+    )
+    advantage: Annotated[str, _known(ADVANTAGES)] = knob(
+        "grpo",
+        f"how rewards become advantages: {', '.join(ADVANTAGES)}, or MODULE:FUNCTION, called with "
+        "rewards and trained tokens [prompts, completions]",
     )
     mask_equal_rewards: bool = knob(
-        True, "groups whose rewards are all equal leave the loss and its denominator"
+        True,
+        "groups whose rewards are all equal leave the loss, its denominators and the statistics of "
+        "a batch; reinforce_pp has false as default",
     )
-    clip_low: float = knob(0.2, "the ratio's floor is 1 - clip_low", ge=0.0, le=1.0)
-    clip_high: float = knob(0.28, "the ratio's ceiling is 1 + clip_high", ge=0.0)
-    correction: Literal["token_tis", "none"] = knob(
-        "token_tis", "importance weight between engine and trainer: truncated per token, or none"
+    loss: Annotated[str, _known(LOSSES)] = knob(
+        "ppo_clip",
+        f"what a token contributes: {', '.join(LOSSES)}, or MODULE:FUNCTION, called with "
+        "jaxrl.objectives.tokens.Tokens and this section",
+    )
+    clip_low: float = knob(
+        0.2,
+        "how far down the policy may move, in the terms of the loss: the ratio to 1 - clip_low "
+        "(ppo_clip), the completion's (gspo: 3e-4), the log-ratio to -clip_low (gmpo: 0.4), the "
+        "probability by clip_low (dppo: 0.2). Others do not look at it",
+        ge=0.0,
+        le=1.0,
+    )
+    clip_high: float = knob(0.28, "how far up, likewise (gspo: 4e-4, gmpo: 0.4, dppo: 0.2)", ge=0.0)
+    dual_clip: float | None = knob(
+        None,
+        "ppo_clip and gspo: tokens of negative advantage stop at this ratio, too; default: never",
+        gt=1.0,
+    )
+    cispo_max: float = knob(5.0, "cispo: ceiling of the ratio itself, not of ratio - 1", gt=0.0)
+    sapo_tau_positive: float = knob(1.0, "sapo: steepness where the advantage is positive", gt=0.0)
+    sapo_tau_negative: float = knob(1.05, "sapo: steepness where it is not", gt=0.0)
+    aggregation: Literal[
+        "token_mean",
+        "sequence_mean_token_mean",
+        "sequence_mean_token_sum",
+        "sequence_mean_token_sum_norm",
+        "prompt_mean",
+    ] = knob(
+        "token_mean",
+        "denominators, over the whole batch: all tokens alike, all completions alike (mean, sum, "
+        "or sum / aggregation_constant of their tokens), or all prompts alike",
+    )
+    aggregation_constant: int | None = knob(
+        None,
+        "of sequence_mean_token_sum_norm; default: rollout.max_new_tokens",
+        unit="tokens",
+        ge=1,
+    )
+    entropy_coefficient: float = knob(0.0, "entropy is rewarded by this much", ge=0.0)
+    kl_coefficient: float = knob(
+        0.0,
+        "distance from the policy that the run began with is penalised by this much; beyond 0 the "
+        "trainer holds a copy of that policy, which adapters do not need",
+        ge=0.0,
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "k3+"] = knob(
+        "k3", "of the distance; k3+: the value of k3 with the gradient of k2"
+    )
+    kl_corrected: bool = knob(
+        False, "weight the distance by policy / engine, as far as the policy's term is"
+    )
+    proximal: Literal["trainer", "engine"] = knob(
+        "trainer",
+        "what ratios are measured from. trainer: its policy when the batch arrives, and what "
+        "differs from the engine is left to the correction; engine: what the engine sampled with, "
+        "and correction has none as default",
+    )
+    correction: Literal["none", "token_tis", "sequence_tis"] = knob(
+        "token_tis",
+        "importance weight between engine and trainer, truncated: of each token, or the product "
+        "over its completion",
     )
     correction_cap: float = knob(2.0, "ceiling of the importance weight", gt=0.0)
+    token_mask: Bounds | None = knob(
+        None, "tokens with trainer / engine outside these bounds give no gradient, [0.5, 2.0]"
+    )
+    sequence_mask: Bounds | None = knob(
+        None, "completions likewise, by the product of their tokens, [0.0, 3.0]"
+    )
+    geometric_mask: Bounds | None = knob(
+        None, "completions likewise, by the geometric mean, [0.99, 1.01]"
+    )
+    k3_mask: float | None = knob(
+        None, "completions likewise, with a mean k3 of more than this, 0.01", unit="nats", gt=0.0
+    )
+    opsm_threshold: float | None = knob(
+        None,
+        "completions of negative advantage likewise, that the policy has moved away from by more "
+        "than this since the engine sampled them, in the mean over tokens, 0.5",
+        unit="nats",
+        gt=0.0,
+    )
+    updates_per_batch: int = knob(
+        1, "optimizer steps on each batch, all of them on all of it", unit="updates", ge=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, given: Any) -> Any:
+        return resolved(given) if isinstance(given, dict) else given
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether pi_old must be computed before the first update on a batch."""
+        return self.proximal == "trainer" and self.updates_per_batch > 1
 
 
 class OptimizerSection(Section):
@@ -468,6 +594,11 @@ class LogSection(Section):
 
 
 class SftSection(Section):
+    # What `update` asks of an algorithm: one step a batch, and no other policy to look at.
+    updates_per_batch: ClassVar[int] = 1
+    scores_first: ClassVar[bool] = False
+    kl_coefficient: ClassVar[float] = 0.0
+
     sequences_per_step: int = knob(
         64, "prompts with their completions in one step", unit="sequences", ge=1
     )
@@ -547,6 +678,11 @@ class Config(RunConfig):
         """Tokens of the longest prompt with the longest completion, of training or evaluation."""
         longest = max(self.rollout.max_new_tokens, self.eval_new_tokens)
         return self.data.max_prompt_tokens + longest
+
+    @property
+    def aggregation_constant(self) -> int:
+        """Tokens, the default resolved."""
+        return self.algorithm.aggregation_constant or self.rollout.max_new_tokens
 
     @property
     def engine_dtypes(self) -> list[str]:
@@ -657,7 +793,8 @@ def contradictions(c: Config | SftConfig) -> list[str]:
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
         )
     if isinstance(c, Config):
-        return found + _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
+        found += _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
+        return found + _contradictions_of_algorithm(c.algorithm)
     if "{completion}" not in c.data.completion_template:
         found.append("data.completion_template must contain {completion}, where the row's goes")
     return found
@@ -738,6 +875,24 @@ def _contradictions_of_servers(c: Config) -> list[str]:
             f"lora.rank = {c.lora.rank} with vllm.servers: adapters are not brought to servers; "
             "use vllm.engines, or train all weights"
         )
+    return found
+
+
+def _contradictions_of_algorithm(c: AlgorithmSection) -> list[str]:
+    found = []
+    if c.proximal == "engine" and c.correction != "none":
+        found.append(
+            f"algorithm.correction = {c.correction} with algorithm.proximal = engine: ratios are "
+            "measured from the engine already, and would count twice; set algorithm.correction = "
+            "none, or algorithm.proximal = trainer"
+        )
+    for key in ("token_mask", "sequence_mask", "geometric_mask"):
+        bounds = getattr(c, key)
+        if bounds is not None and not 0 <= bounds[0] < bounds[1]:
+            found.append(
+                f"algorithm.{key} = {bounds}: expected [lowest, highest] ratio that is kept, such "
+                "as [0.5, 2.0]"
+            )
     return found
 
 

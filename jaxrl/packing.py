@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl.config import UpdateSection
+from jaxrl.objectives.aggregation import Shares, token_mean
 from jaxrl.types import Group, Rollout, TrainBatch, UserError
 
 SHORTEST_ROW = 16  # tokens
@@ -19,7 +20,7 @@ LONGER = 6  # lengths beyond the least that a row may get
 class Completion(NamedTuple):
     rollout: Rollout
     advantage: float
-    weight: float  # 1 if it is trained on, else 0
+    share: float  # of the loss, of each of its tokens; 0 if it is not trained on
 
 
 class Unit(NamedTuple):
@@ -56,6 +57,7 @@ def pack(
     c: UpdateSection,
     shards: int = 1,
     key_cost: float = 0.0,
+    shares: Shares = token_mean,
 ) -> TrainBatch:
     """Every completion behind its prompt, in as few rows as first-fit decreasing finds.
 
@@ -69,15 +71,18 @@ def pack(
       shards: parts that the mesh splits rows into; empty rows make B a multiple of it.
       key_cost: what attending to one key costs, in the rest of a token's work: long rows share
         prompts among more completions, and have more keys to attend to.
+      shares: see `objectives.aggregation`.
     """
     layouts = [Layout.of(groups, T, c, shards) for T in row_lengths(groups, c)]
     layout = min(layouts, key=lambda layout: layout.cost(key_cost))
+    tokens_PG = usable_tokens(groups, weights_PG.shape[1]) * weights_PG
+    shares_PG = shares(tokens_PG) * weights_PG
     units = [
         unit
-        for group, advantages_G, weights_G, members in zip(
-            groups, advantages_PG, weights_PG, layout.members, strict=True
+        for group, advantages_G, shares_G, members in zip(
+            groups, advantages_PG, shares_PG, layout.members, strict=True
         )
-        for unit in units_of(group, advantages_G, weights_G, members)
+        for unit in units_of(group, advantages_G, shares_G, members)
     ]
     rows = [[units[i] for i in row] for row in layout.rows]
     C = row_length(max(sum(unit.sampled for unit in row) for row in rows))
@@ -85,6 +90,14 @@ def pack(
     for b, row in enumerate(rows):
         fill_row(TrainBatch(*(array[b] for array in batch)), row)
     return batch
+
+
+def usable_tokens(groups: Sequence[Group], group_size: int) -> np.ndarray:
+    """How many tokens of each completion can be trained on: int [P, group_size]."""
+    tokens_PG = np.zeros((len(groups), group_size), int)
+    for tokens_G, group in zip(tokens_PG, groups, strict=True):
+        tokens_G[: len(group.rollouts)] = [np.isfinite(r.logprobs).sum() for r in group.rollouts]
+    return tokens_PG
 
 
 def row_lengths(groups: Sequence[Group], c: UpdateSection) -> list[int]:
@@ -140,14 +153,14 @@ class Layout(NamedTuple):
 
 
 def units_of(
-    group: Group, advantages_G: np.ndarray, weights_G: np.ndarray, members: list[list[int]]
+    group: Group, advantages_G: np.ndarray, shares_G: np.ndarray, members: list[list[int]]
 ) -> list[Unit]:
     """A group's completions, each behind the copy of the prompt that `members` puts it behind."""
     there = slice(len(group.rollouts))
     completions = [
-        Completion(rollout, float(advantage), float(weight))
-        for rollout, advantage, weight in zip(
-            group.rollouts, advantages_G[there], weights_G[there], strict=True
+        Completion(rollout, float(advantage), float(share))
+        for rollout, advantage, share in zip(
+            group.rollouts, advantages_G[there], shares_G[there], strict=True
         )
     ]
     return [Unit(group.prompt.tokens, [completions[i] for i in unit]) for unit in members]
@@ -179,13 +192,13 @@ def empty_batch(B: int, T: int, C: int) -> TrainBatch:
         return np.zeros((B, width), dtype)
 
     tokens = [zeros(T, np.int32) for _ in range(4)]
-    sampled = [zeros(C, np.int32) for _ in range(2)]
-    return TrainBatch(*tokens, *sampled, *(zeros(C, np.float32) for _ in range(3)))
+    sampled = [zeros(C, np.int32) for _ in range(3)]
+    return TrainBatch(*tokens, *sampled, *(zeros(C, np.float32) for _ in range(4)))
 
 
 def fill_row(row: TrainBatch, units: Sequence[Unit]) -> None:
     """Writes the units end to end into `row`, whose arrays are [T] and [C]."""
-    t = c = 0
+    t = c = n = 0
     for group, unit in enumerate(units, start=1):
         start = len(unit.prompt)
         put_tokens(row, t, unit.prompt, 0, group, 0)
@@ -196,7 +209,8 @@ def fill_row(row: TrainBatch, units: Sequence[Unit]) -> None:
             put_tokens(row, t, tokens, start, group, branch)
             row.predictor_BC[c : c + len(tokens)] = np.arange(t - 1, t - 1 + len(tokens))
             row.predictor_BC[c : c + len(tokens)][:1] = last
-            put_targets(row, c, completion)
+            n += 1
+            put_targets(row, c, n, completion)
             t, c = t + len(tokens), c + len(tokens)
 
 
@@ -210,11 +224,14 @@ def put_tokens(
     row.group_BT[here], row.branch_BT[here] = group, branch
 
 
-def put_targets(row: TrainBatch, c: int, completion: Completion) -> None:
-    rollout, advantage, weight = completion
+def put_targets(row: TrainBatch, c: int, n: int, completion: Completion) -> None:
+    """Sampled tokens from `c` on, of the row's n-th completion."""
+    rollout, advantage, share = completion
     here = slice(c, c + len(rollout.tokens))
-    trained = np.isfinite(rollout.logprobs) * weight
+    trained = np.isfinite(rollout.logprobs) & (share > 0)
     row.targets_BC[here] = rollout.tokens
+    row.completion_BC[here] = n
     row.loss_mask_BC[here] = trained
-    row.behavior_logprobs_BC[here] = np.where(trained > 0, rollout.logprobs, 0.0)
+    row.behavior_logprobs_BC[here] = np.where(trained, rollout.logprobs, 0.0)
     row.advantages_BC[here] = advantage
+    row.share_BC[here] = np.where(trained, share, 0.0)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.losses import token_logprobs
+from jaxrl.logprobs import token_logprobs
 from jaxrl.mesh import replicated
 from jaxrl.models.attention import Masked
 from jaxrl.models.decoder import KVCache, Params, Policy, empty_cache

@@ -155,12 +155,14 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     import jax
 
     from bridge.transaction import begun
-    from jaxrl.advantages import group_advantages
+    from jaxrl.advantages import estimate_advantages
     from jaxrl.collect import Collector
-    from jaxrl.packing import pack
+    from jaxrl.objectives.aggregation import make_shares
+    from jaxrl.packing import pack, usable_tokens
 
     c = parts.config
     continuous = c.rollout.mode == "continuous"
+    aggregate = make_shares(c.algorithm.aggregation, c.aggregation_constant)
     sampling = Sampling(
         c.rollout.group_size, c.rollout.max_new_tokens, c.rollout.temperature, parts.stop_tokens
     )
@@ -185,13 +187,11 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         clock.lap("rollout")
         texts_PG, rewards_PG = judge(parts, groups, sampling.n)
         clock.lap("reward")
-        advantages_PG, weights_PG = group_advantages(
-            rewards_PG,
-            normalize_std=c.algorithm.normalize_std,
-            mask_equal_rewards=c.algorithm.mask_equal_rewards,
+        advantages_PG, weights_PG = estimate_advantages(
+            rewards_PG, usable_tokens(groups, sampling.n), c.algorithm
         )
         shards = c.mesh.row_shards
-        batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost)
+        batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost, aggregate)
         state, update_metrics = parts.update(state, batch)
         ledger.train(step, version, groups)
         collector.check()
@@ -299,6 +299,7 @@ def refuse_to_go_on_skipping(c: RunConfig, state: TrainState, step: int) -> None
 def train(command: Command[Config], hosts: Hosts) -> int:
     """Puts the parts together, runs the loop, and leaves the run directory complete."""
     from jaxrl.data import fingerprint, load_tokenizer, open_data
+    from jaxrl.objectives.custom import load_all
     from jaxrl.rewards import make_reward
     from jaxrl.rundir import VersionCounter, open_run
 
@@ -308,6 +309,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
     stream, held_out = open_data(c, tokenizer)
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
     reward = make_reward(c)
+    load_all(c.algorithm)
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
         interrupt = cleanup.enter_context(Interrupt().listening())
@@ -379,7 +381,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
             key_cost=decoder.key_cost,
         )
         state = run(parts, state, first_step, interrupt)
-        finished = int(state.step) >= c.run.steps
+        finished = int(state.step) >= c.run.steps * c.algorithm.updates_per_batch
         if finished:
             learner.save(state.params, c.model.path, model_dir, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))

@@ -155,6 +155,8 @@ class TrainBatch(NamedTuple):
     branch_BT: np.ndarray  # int32, 0 for a prompt, i for the i-th completion behind it
     predictor_BC: np.ndarray  # int32, where in the row the token stands that predicts this one
     targets_BC: np.ndarray  # int32, the sampled token
+    completion_BC: np.ndarray  # int32, which completion of this row: 1, 2, ...; 0 is padding
     loss_mask_BC: np.ndarray  # float32, 1 on trained tokens, 0 on padding and masked completions
     behavior_logprobs_BC: np.ndarray  # float32 nats, 0 where loss_mask_BC is 0
     advantages_BC: np.ndarray  # float32, that of the token's completion
+    share_BC: np.ndarray  # float32, of the loss of the whole batch, 0 where loss_mask_BC is 0

@@ -11,11 +11,13 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.config import AlgorithmSection, OptimizerSection, SftSection, UpdateSection
-from jaxrl.losses import grpo_loss, nll_loss, token_logprobs
-from jaxrl.mesh import keep_rows, partition, put_rows, replicated, row_shards
+from jaxrl.logprobs import Scores, token_logprobs
+from jaxrl.mesh import batch_sharding, keep_rows, partition, put_rows, replicated, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.decoder import Params, Policy
 from jaxrl.models.lora import with_adapters
+from jaxrl.objectives.objective import Metrics, Objective, make_objective
+from jaxrl.objectives.tokens import NO_ANCHORS, Anchors
 from jaxrl.optimizer import HOST, Optimizer
 from jaxrl.packing import rows_of_microbatch
 from jaxrl.types import TrainBatch, UserError
@@ -34,10 +36,8 @@ class TrainState(NamedTuple):
 # few enough for the activations to stay in its caches.
 MICROBATCH, MICROBATCH_ON_CPU = 16384, 2048
 
-Metrics = dict[str, jax.Array]
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 Nll = Callable[[Params, TrainBatch], float]
-Scores = tuple[jax.Array, jax.Array]  # log-probs and entropies of sampled tokens, float32 [B, C]
 Scorer = Callable[[Params, Params, TrainBatch], Scores]  # (params, frozen, batch)
 
 
@@ -111,21 +111,49 @@ def make_update(
     state: TrainState,
     frozen: Params | None = None,
 ) -> Update:
-    """Returns update(state, batch) -> (state, metrics): `make_step`, with the batch put on the mesh
-    and its shapes counted. The state passed in is consumed. With `frozen` weights the state's
-    parameters are adapters, and only they change. Of several processes each passes the rows that
-    lie on its own devices (`mesh.rows_of_process`).
+    """Returns update(state, batch) -> (state, metrics): `algorithm.updates_per_batch` times
+    `make_step`, with the batch put on the mesh, scored by the policies that stand still, and its
+    shapes counted. The state passed in is consumed. With `frozen` weights the state's parameters
+    are adapters, and only they change. Of several processes each passes the rows that lie on its
+    own devices (`mesh.rows_of_process`).
+
+    The reference policy, where there is one, is that of the frozen weights alone, as adapters
+    begin; or `state` as it is now, kept in the dtype that the policy computes in.
+
+    Of several updates the metrics are the last one's, and `update/skipped` counts them all.
     """
     step = make_step(policy, optimizer, algorithm, c, temperature, mesh, state)
+    score = make_score_batch(policy, c, temperature, mesh)
+    whole = {} if frozen is None else frozen
+    reference: Params = {}
+    if algorithm.kl_coefficient and frozen is None:
+        reference = copy_of(state.params, policy.compute_dtype)
     shapes = set()
 
     def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
         batch = jax.tree.map(lambda x: put_rows(mesh, x), batch)
-        state, metrics = step(state, batch, {} if frozen is None else frozen)
+        anchors = Anchors(
+            score(state.params, whole, batch) if algorithm.scores_first else None,
+            score(reference, whole, batch) if algorithm.kl_coefficient else None,
+        )
+        state, metrics = step(state, batch, whole, anchors)
+        for _ in range(algorithm.updates_per_batch - 1):
+            skipped = metrics["update/skipped"]
+            state, metrics = step(state, batch, whole, anchors)
+            metrics["update/skipped"] += skipped
         return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
 
     return update
+
+
+def copy_of(params: Params, dtype: Any) -> Params:
+    """On the same devices, in memory of its own: an update consumes its parameters."""
+    copy = jax.jit(
+        lambda params: jax.tree.map(lambda x: jnp.copy(x).astype(dtype), params),
+        out_shardings=jax.tree.map(lambda x: x.sharding, params),
+    )
+    return copy(params)
 
 
 def make_step(
@@ -137,18 +165,19 @@ def make_step(
     mesh: Mesh,
     state: TrainState,
 ) -> Any:
-    """Returns the jitted step(state, batch, frozen) -> (state, metrics), which consumes its state;
-    `.lower` compiles it ahead of time. The state that comes out lies as `state` does, that of step
-    100 as that of step 0; of `state` only shapes and shardings are read (see `abstract_state`).
+    """Returns the jitted step(state, batch, frozen, anchors) -> (state, metrics), which consumes
+    its state; `.lower` compiles it ahead of time. The state that comes out lies as `state` does,
+    that of step 100 as that of step 0; of `state` only shapes and shardings are read (see
+    `abstract_state`).
 
     `frozen` holds the weights beside adapters, or is {}.
 
-    One update a batch: the proximal policy is the current one, so the ratio is 1 and what differs
-    from the engine is left to the importance weight (algorithm.correction).
+    Without proximal log-probs among `anchors` pi_old is the policy that is updated: ratios are 1,
+    and what differs from the engine is left to `algorithm.correction`.
 
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay
     bitwise as they were. So is one with nothing to train on; only the former is counted in
-    `skipped_in_a_row`. Metrics: those of the objective, and `loss`, `entropy`, `grad_norm`
+    `skipped_in_a_row`. Metrics: those of `make_objective`, and `loss`, `entropy`, `grad_norm`
     (before clipping), `update_norm`, `tokens/trained`, `update/skipped` (1 if it was),
     `update/compiled_shapes` (of batches, in this process).
     """
@@ -156,10 +185,12 @@ def make_step(
     gradient = make_gradient(policy, objective, c, temperature, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
-    def step(state: TrainState, batch: TrainBatch, frozen: Params) -> tuple[TrainState, Metrics]:
-        grads, (logprobs_BC, entropy_BC) = gradient(state.params, frozen, batch)
+    def step(
+        state: TrainState, batch: TrainBatch, frozen: Params, anchors: Anchors = NO_ANCHORS
+    ) -> tuple[TrainState, Metrics]:
+        grads, scores = gradient(state.params, frozen, batch, anchors)
         # Of the whole batch, however its gradient was split.
-        loss, metrics = objective(logprobs_BC, logprobs_BC, batch)
+        loss, metrics = objective(scores, batch, anchors)
         tokens = batch.loss_mask_BC.sum()
         grad_norm = optax.tree.norm(grads)
         # Clipped, a finite gradient gives finite moments and changes. To look at those as well
@@ -177,7 +208,7 @@ def make_step(
         )
         metrics |= {
             "loss": loss,
-            "entropy": (entropy_BC * batch.loss_mask_BC).sum() / jnp.maximum(tokens, 1.0),
+            "entropy": (scores[1] * batch.loss_mask_BC).sum() / jnp.maximum(tokens, 1.0),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(apply, update_norm, 0.0),
             "tokens/trained": tokens,
@@ -188,26 +219,15 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
 
 
-def make_objective(c: AlgorithmSection | SftSection) -> Callable:
-    """Of `losses`: what is learned from a batch."""
-    if isinstance(c, SftSection):
-        return nll_loss
-    return functools.partial(
-        grpo_loss,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        correction_cap=c.correction_cap if c.correction == "token_tis" else None,
-    )
-
-
 def make_gradient(
     policy: Policy,
-    objective: Callable,
+    objective: Objective,
     c: UpdateSection,
     temperature: float,
     mesh: Mesh,
-) -> Callable[[Params, Params, TrainBatch], tuple[Params, Scores]]:
-    """Returns gradient(params, frozen, batch): of the objective, and the scores it was made of.
+) -> Callable[[Params, Params, TrainBatch, Anchors], tuple[Params, Scores]]:
+    """Returns gradient(params, frozen, batch, anchors): of the objective, and the scores that it
+    was made of.
 
     One micro-batch after the other (update.max_tokens_per_microbatch), summed in float32.
     """
@@ -215,26 +235,26 @@ def make_gradient(
     score = make_scorer(policy, c, temperature, mesh)
 
     def loss_fn(
-        params: Params, frozen: Params, batch: TrainBatch, tokens: jax.Array
+        params: Params, frozen: Params, batch: TrainBatch, anchors: Anchors
     ) -> tuple[jax.Array, Scores]:
         scores = score(params, frozen, batch)
-        loss, _ = objective(scores[0], jax.lax.stop_gradient(scores[0]), batch, tokens=tokens)
-        return loss, scores
+        return objective(scores, batch, anchors)[0], scores
 
     of_part = jax.grad(loss_fn, has_aux=True)
 
-    def gradient(params: Params, frozen: Params, batch: TrainBatch) -> tuple[Params, Scores]:
-        tokens = batch.loss_mask_BC.sum()
+    def gradient(
+        params: Params, frozen: Params, batch: TrainBatch, anchors: Anchors = NO_ANCHORS
+    ) -> tuple[Params, Scores]:
         B, T = batch.tokens_BT.shape
         rows = rows_of_microbatch(B, T, limit, shards)
         if rows == B:
-            return of_part(params, frozen, batch, tokens)
+            return of_part(params, frozen, batch, anchors)
 
-        def add(total: Params, part: TrainBatch) -> tuple[Params, Scores]:
-            grads, scores = of_part(params, frozen, part, tokens)
+        def add(total: Params, part: tuple[TrainBatch, Anchors]) -> tuple[Params, Scores]:
+            grads, scores = of_part(params, frozen, *part)
             return jax.tree.map(jnp.add, total, grads), scores
 
-        parts = jax.tree.map(lambda x: split(x, B // rows, shards), batch)
+        parts = jax.tree.map(lambda x: split(x, B // rows, shards), (batch, anchors))
         total, scores = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         return total, jax.tree.map(lambda x: joined(x, shards), scores)
 
@@ -260,8 +280,8 @@ def make_nll(policy: Policy, c: UpdateSection, mesh: Mesh, frozen: Params | None
 def make_score_batch(
     policy: Policy, c: UpdateSection, temperature: float, mesh: Mesh
 ) -> Callable[[Params, Params, TrainBatch], jax.Array]:
-    """Returns score_batch(params, frozen, batch): log-probs of its sampled tokens, float32 [B, C],
-    one micro-batch after the other."""
+    """Returns the jitted score_batch(params, frozen, batch): log-probs of its sampled tokens,
+    float32 [B, C], one micro-batch after the other."""
     shards, limit = row_shards(mesh), microbatch_tokens(c, mesh)
     score = make_scorer(policy, c, temperature, mesh)
 
@@ -272,7 +292,7 @@ def make_score_batch(
         logprobs = jax.lax.map(lambda part: score(params, frozen, part)[0], split_batch)
         return joined(logprobs, shards)
 
-    return score_batch
+    return jax.jit(score_batch, out_shardings=batch_sharding(mesh, 2))
 
 
 def make_scorer(policy: Policy, c: UpdateSection, temperature: float, mesh: Mesh) -> Scorer:

@@ -25,6 +25,8 @@ SMALL = [
     *("--config", str(ROOT / "configs" / "arithmetic_inprocess.yaml"), "--run.name=run"),
     *("--rollout.prompts_per_step=8", "--rollout.group_size=4", "--data.held_out=8"),
     *("--optimizer.warmup_steps=2", "--update.share_prompts=false", "--checkpoint.every_steps=3"),
+    # Policies that stand still are scored by all processes, too.
+    *("--algorithm.updates_per_batch=2", "--algorithm.kl_coefficient=0.1"),
 ]
 TRAIN = ("jaxrl.train", *SMALL)
 FINE_TUNE = (

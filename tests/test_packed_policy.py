@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from bridge.checkpoints import load_params
-from jaxrl.config import MeshSection, UpdateSection
-from jaxrl.losses import grpo_loss
+from jaxrl.config import AlgorithmSection, MeshSection, UpdateSection
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings, row_shards
 from jaxrl.models.attention import Packed
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
+from jaxrl.objectives.objective import make_objective
 from jaxrl.packing import pack
 from jaxrl.types import Group, Prompt, Rollout, TrainBatch
 from jaxrl.update import make_gradient, score_sampled
@@ -26,7 +26,7 @@ NAMES = ["llama", "gemma3", "qwen3_moe"]
 WINDOW = FAMILIES["gemma3"][1]["sliding_window"]
 # Prompts longer than the window, as long, and shorter.
 LENGTHS = {WINDOW + 7: (5, 2, 20, 4), 2: (3, 18, 1, 4), WINDOW: (8, 2, 5, 3), 9: (1, 2, 1, 2)}
-CAP, CLIP = 1.3, {"clip_low": 0.2, "clip_high": 0.28}
+CAP = 1.3
 ONE, MESH = MeshSection(), MeshSection(data=2, fsdp=2, tensor=2)
 LAYOUTS = {  # how rows are made, the mesh, and empty rows behind them
     "shared": (UpdateSection(), ONE, 0),
@@ -111,12 +111,12 @@ def test_loss_and_gradients_are_those_of_one_completion_a_row(name, layout, load
     policy, params = load(name, section)
     mesh = make_mesh(section)
     batch = with_empty_rows(pack(*sampled, c, row_shards(mesh)), empty)
-    objective = functools.partial(grpo_loss, **CLIP, correction_cap=CAP)
+    objective = make_objective(AlgorithmSection(correction_cap=CAP))
     gradient = jax.jit(make_gradient(policy, objective, c, TEMPERATURE, mesh))
     on_mesh = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
     gradients, scores = gradient(params, {}, on_mesh)
 
-    loss, _ = objective(*(np.asarray(scores[0]),) * 2, batch)
+    loss, _ = objective(scores, on_mesh)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for found, other in zip(scores, expected_scores, strict=True):
         found = np.sort(np.asarray(found)[batch.loss_mask_BC > 0])

@@ -74,13 +74,13 @@ def asked_for(groups, advantages_PG, weights_PG) -> Counter:
 def read_back(batch) -> tuple[Counter, int]:
     """The same from the rows, by who sees whom and by which token predicts which; and how many
     copies of prompts there are. Completions without a token leave no trace."""
-    found, copies = Counter(), 0
+    found, copies, total = Counter(), 0, batch.loss_mask_BC.sum()
     for b in range(len(batch.tokens_BT)):
         slots = list(zip(*(x[b].tolist() for x in batch[:4]), strict=True))
         sampled = list(zip(*(x[b].tolist() for x in batch[4:]), strict=True))
         places = [t for t, (_, _, _, branch) in enumerate(slots) if branch]
-        assert not any(mask for _, _, mask, _, _ in sampled[len(places) :])
-        numbers = dict(zip(places, sampled, strict=False))
+        assert not any(any(numbers[2:]) for numbers in sampled[len(places) :])
+        numbers, seen = dict(zip(places, sampled, strict=False)), set()
         for g in range(1, max(group for _, _, group, _ in slots) + 1):
             prompt = [t for t, slot in enumerate(slots) if slot[2:] == (g, 0)]
             copies += 1
@@ -89,9 +89,13 @@ def read_back(batch) -> tuple[Counter, int]:
                 whole = prompt + own
                 assert whole == sorted(whole)  # causality is by place in the row
                 assert [slots[t][1] for t in whole] == list(range(len(whole)))
-                predictors, targets, masks, logprobs, advantages = zip(
+                predictors, targets, completions, masks, logprobs, advantages, shares = zip(
                     *(numbers[t] for t in own), strict=True
                 )
+                (completion,) = set(completions)
+                assert completion not in seen and completion > 0
+                seen.add(completion)
+                assert shares == tuple(np.float32(1 / total) if mask else 0.0 for mask in masks)
                 assert list(predictors) == whole[len(prompt) - 1 : -1]
                 assert list(targets) == [slots[t][0] for t in own]
                 numbered = list(zip(masks, logprobs, strict=True))
@@ -116,9 +120,11 @@ def test_completions_stand_behind_one_copy_of_their_prompt():
         "branch_BT": [0, 0, 0, 1, 1, 2, 0, 1, 1, 1, 2, 2],
         "predictor_BC": [2, 3, 2, 6, 7, 8, 6, 10],
         "targets_BC": [21, 22, 23, 24, 25, 26, 27, 28],
+        "completion_BC": [1, 1, 2, 3, 3, 3, 4, 4],
         "loss_mask_BC": [1] * 8,
         "behavior_logprobs_BC": [-0.5, -0.25, -1, -2, -3, -4, -0.125, -0.75],
         "advantages_BC": [1.0] * 2 + [-1.0] + [0.5] * 3 + [-0.5] * 2,
+        "share_BC": [1 / 8] * 8,
     }
     for name, values in expected.items():
         row = getattr(batch, name)[0].tolist()
@@ -165,7 +171,7 @@ def test_every_number_of_every_completion_is_read_back_from_the_rows(seed, c, sh
 
 def test_a_batch_has_the_types_that_the_update_was_compiled_for():
     batch = pack(GROUPS, ADVANTAGES_PG, ONES_PG, SHARED)
-    assert [x.dtype for x in batch] == [np.int32] * 6 + [np.float32] * 3
+    assert [x.dtype for x in batch] == [np.int32] * 7 + [np.float32] * 4
     B, T = batch.tokens_BT.shape
     assert [x.shape for x in batch[:4]] == [(B, T)] * 4
     assert len({x.shape for x in batch[4:]}) == 1

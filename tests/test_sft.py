@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import io
 import json
 import subprocess
@@ -20,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from jaxrl import sft
 from jaxrl.config import MeshSection, SftConfig
-from jaxrl.losses import nll_loss
 from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
+from jaxrl.objectives.objective import make_objective
 from jaxrl.sft import pack_examples
 from jaxrl.types import Example
 from jaxrl.update import make_gradient, make_nll
@@ -84,9 +83,10 @@ def test_loss_and_gradient_are_those_of_each_completion_alone(case, layout):
     assert batch.tokens_BT.shape[0] < len(examples) or c.mesh != MeshSection()
 
     on_mesh = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), batch)
-    gradient = jax.jit(make_gradient(policy, nll_loss, c.update, 1.0, mesh))
-    found, (logprobs_BC, _) = gradient(params, {}, on_mesh)
-    loss, metrics = nll_loss(np.asarray(logprobs_BC), np.asarray(logprobs_BC), batch)
+    objective = make_objective(c.sft)
+    gradient = jax.jit(make_gradient(policy, objective, c.update, 1.0, mesh))
+    found, scores = gradient(params, {}, on_mesh)
+    loss, metrics = objective(jax.tree.map(np.asarray, scores), batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics == {}
     jax.tree.map(
@@ -104,8 +104,10 @@ def test_what_is_not_trained_on_reaches_neither_loss_nor_gradient():
     batch = pack_examples([Example(0, "", (1, 2), {}, (3, 4))], make_config(), 0.0)
     logprobs_BC = np.full(batch.targets_BC.shape, -np.inf, np.float32)
     logprobs_BC[0, :2] = -1.5, -0.5
-    of = functools.partial(nll_loss, proximal_logprobs_BC=logprobs_BC, batch=batch)
-    (loss, _), gradient_BC = jax.value_and_grad(of, has_aux=True)(logprobs_BC)
+    objective = make_objective(make_config().sft)
+    (loss, _), gradient_BC = jax.value_and_grad(
+        lambda logprobs_BC: objective((logprobs_BC, logprobs_BC), batch), has_aux=True
+    )(logprobs_BC)
     assert loss == 1.0
     expected_BC = np.zeros_like(logprobs_BC)
     expected_BC[0, :2] = -0.5

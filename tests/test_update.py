@@ -1,6 +1,5 @@
 """An update is the torch one on the transformers model, on any mesh; a bad one never happened."""
 
-import functools
 import logging
 import math
 from types import SimpleNamespace
@@ -15,11 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl import checkpoint
 from jaxrl.config import AlgorithmSection, MeshSection, OptimizerSection, UpdateSection
-from jaxrl.losses import grpo_loss
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Policy
 from jaxrl.models.params import param_specs
+from jaxrl.objectives.aggregation import make_shares
+from jaxrl.objectives.objective import make_objective
+from jaxrl.objectives.tokens import Anchors
 from jaxrl.optimizer import slicing
 from jaxrl.packing import pack, rows_of_microbatch
 from jaxrl.types import Group, Prompt, Rollout, TrainBatch, UserError
@@ -27,6 +28,7 @@ from jaxrl.update import (
     init_state,
     make_gradient,
     make_optimizer,
+    make_step,
     make_update,
     microbatch_tokens,
     score_sampled,
@@ -43,6 +45,7 @@ OPTIMIZER = OptimizerSection(
     weight_decay=0.1,
     max_grad_norm=3.0,
 )
+FAST = OPTIMIZER.model_copy(update={"learning_rate": 0.3, "warmup_steps": 0})
 ALGORITHM = AlgorithmSection(correction_cap=1.3)
 TEMPERATURE = 1.4
 MESHES = {"one_device": MeshSection(), "mesh": MeshSection(data=2, fsdp=2, tensor=2)}
@@ -233,7 +236,7 @@ class Bigram:
     def __init__(self, vocab_size: int = VOCAB):
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
-    mesh = None
+    mesh, compute_dtype = None, jnp.float32
 
     def hidden(self, params, tokens_BT, positions_BT, seen):
         return jax.nn.one_hot(tokens_BT, VOCAB), None
@@ -241,9 +244,9 @@ class Bigram:
     def unembed(self, params, hidden):
         return hidden @ params["table"]
 
-    def learner(self, where="one_device", c=LAYOUTS["shared"], **algorithm):
+    def learner(self, where="one_device", c=LAYOUTS["shared"], optimizer=OPTIMIZER, **algorithm):
         """(update, state), the parameters on every device."""
-        mesh, optimizer = make_mesh(MESHES[where]), make_optimizer(OPTIMIZER)
+        mesh, optimizer = make_mesh(MESHES[where]), make_optimizer(optimizer)
         table = jnp.sin(jnp.arange(VOCAB * VOCAB, dtype=jnp.float32)).reshape(VOCAB, VOCAB)
         replicated = NamedSharding(mesh, PartitionSpec())
         state = init_state({"table": jax.device_put(table, replicated)}, optimizer, mesh)
@@ -305,6 +308,113 @@ def test_the_engine_s_log_probs_matter_only_where_they_are_corrected(correction,
         _, metrics = update(state, batches[0]._replace(behavior_logprobs_BC=behavior_BC))
         losses.append(float(metrics["loss"]))
     assert (losses[0] == losses[1]) == (correction == "none")
+
+
+# --- what ratios and distances are measured from ---
+
+
+def own_logprobs(table, batch: TrainBatch):
+    """Of a `Bigram`'s sampled tokens, and which of them are trained on."""
+    before_BC = np.take_along_axis(batch.tokens_BT, batch.predictor_BC, axis=1)
+    logits_BCV = np.float64(table)[before_BC] / TEMPERATURE
+    totals_BC = np.log(np.exp(logits_BCV).sum(axis=-1))
+    picked_BC = np.take_along_axis(logits_BCV, batch.targets_BC[..., None], -1)[..., 0]
+    return picked_BC - totals_BC, batch.loss_mask_BC > 0
+
+
+def k3_between(table, reference, batch: TrainBatch) -> float:
+    new_BC, trained_BC = own_logprobs(table, batch)
+    x = (new_BC - own_logprobs(reference, batch)[0])[trained_BC]
+    return float((np.exp(-x) - 1 + x).mean())
+
+
+def test_the_reference_is_the_policy_that_the_run_began_with(batches):
+    update, state = Bigram().learner(optimizer=FAST, kl_coefficient=0.5)
+    start = np.array(state.params["table"])
+    for count, batch in enumerate(batches):
+        table = np.array(state.params["table"])
+        state, metrics = update(state, batch)
+        expected = k3_between(table, start, batch)
+        assert (expected > 1e-4) == (count > 0)
+        np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_reference_of_adapters_is_the_weights_beneath_them(batches):
+    class Adapted(Bigram):
+        def unembed(self, params, hidden):
+            return hidden @ (params["table"] + params.get("adapter", 0.0))
+
+    mesh, optimizer = make_mesh(MESHES["one_device"]), make_optimizer(OPTIMIZER)
+    table = jnp.sin(jnp.arange(VOCAB**2.0)).reshape(VOCAB, VOCAB)
+    # As after a resume: the adapters are no longer those of the start.
+    adapter = 0.1 * jnp.cos(jnp.arange(VOCAB**2.0)).reshape(VOCAB, VOCAB)
+    expected = k3_between(np.array(table + adapter), table, batches[0])
+    state = init_state({"adapter": adapter}, optimizer, mesh)
+    section, c = AlgorithmSection(kl_coefficient=0.5), LAYOUTS["shared"]
+    update = make_update(
+        Adapted(), optimizer, section, c, TEMPERATURE, mesh, state, {"table": table}
+    )
+    _, metrics = update(state, batches[0])
+    np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3)
+
+
+def test_several_updates_of_a_batch_measure_from_the_policy_that_it_arrived_at(batches):
+    batch, learner = batches[0], Bigram()
+    update, state = learner.learner(updates_per_batch=3)
+    old_BC, trained_BC = own_logprobs(state.params["table"], batch)
+    state, metrics = update(state, batch)
+    assert int(state.step) == 3
+
+    once, state = learner.learner()
+    mesh, optimizer = make_mesh(MESHES["one_device"]), make_optimizer(OPTIMIZER)
+    step = make_step(
+        learner, optimizer, AlgorithmSection(), LAYOUTS["shared"], TEMPERATURE, mesh, state
+    )
+    state, _ = once(state, batch)
+    for _ in range(2):
+        new_BC, _ = own_logprobs(state.params["table"], batch)
+        state, expected = step(state, batch, {}, Anchors(np.float32(old_BC)))
+    ratio = np.exp(new_BC - old_BC)[trained_BC]
+    assert ratio.std() > 1e-3
+    np.testing.assert_allclose(metrics["ratio/mean"], ratio.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio/max"], ratio.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+
+    update, state = learner.learner(updates_per_batch=3)
+    state, metrics = update(state, spoil(batch, np.nan))
+    assert metrics["update/skipped"] == 3 and int(state.skipped_in_a_row) == 3
+
+
+def test_neither_rows_nor_micro_batches_nor_the_mesh_change_what_is_learned(sampled):
+    """With a ratio and a mask of whole completions, and denominators of completions."""
+    algorithm = {
+        "loss": "gspo",
+        "clip_low": 0.02,
+        "clip_high": 0.02,
+        "aggregation": "sequence_mean_token_mean",
+        "geometric_mask": [0.3, 1.5],
+        "kl_coefficient": 0.1,
+        "updates_per_batch": 2,
+    }
+    found = []
+    for where, layout in (
+        ("one_device", "shared"),
+        ("one_device", "alone"),
+        ("one_device", "microbatches"),
+        ("mesh", "microbatches"),
+    ):
+        c, shards = LAYOUTS[layout], SHARDS if where == "mesh" else 1
+        update, state = Bigram().learner(where, c, FAST, **algorithm)
+        shares = make_shares(algorithm["aggregation"], 1)
+        for each in sampled[:2]:
+            state, metrics = update(state, pack(*each, c, shards, shares=shares))
+        assert 0 < metrics["correction/masked_fraction"] < 1 and metrics["clip_fraction"] > 0
+        found.append((host(state.params), host(metrics)))
+    for params, metrics in found[1:]:
+        assert_close(params, found[0][0], 1e-4)
+        for name in metrics.keys() - {"update/compiled_shapes"}:
+            expected = found[0][1][name]
+            np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 # --- the mesh ---
@@ -485,11 +595,12 @@ def test_gradients_of_bfloat16_products_add_up_in_float32(sampled):
     c = UpdateSection(row_tokens=16, max_tokens_per_microbatch=16)
     mesh, table = make_mesh(MESHES["one_device"]), jnp.sin(jnp.arange(VOCAB**2.0))
     params = {"table": table.reshape(VOCAB, VOCAB)}
-    objective = functools.partial(grpo_loss, clip_low=0.2, clip_high=0.2, correction_cap=None)
+    objective = make_objective(AlgorithmSection(correction="none"))
     gradient = jax.jit(make_gradient(Rounding(), objective, c, TEMPERATURE, mesh))
     batch = pack(*sampled[0], c)
     copies = 2**9  # the last of as many equal terms changes a bfloat16 sum by nothing
     many = jax.tree.map(lambda x: np.concatenate([x] * copies), batch)
+    many = many._replace(share_BC=many.share_BC / copies)
     one, same = gradient(params, {}, batch)[0], gradient(params, {}, many)[0]
     assert same["table"].dtype == jnp.float32
     np.testing.assert_allclose(same["table"], one["table"], rtol=1e-4, atol=1e-7)

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bridge.checkpoints import save_model
 from bridge.export import Exporter
-from jaxrl.losses import token_logprobs
+from jaxrl.logprobs import token_logprobs
 from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Params, Policy, init_params
 from jaxrl.models.params import param_specs

@@ -302,7 +302,7 @@ def test_a_mesh_that_is_not_the_slice_is_refused_with_one_that_is(name, mesh, wa
 def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
     """The sizes are those of a real run: what it publishes, and the shapes that it compiles."""
     c = ["--config", DEMO, "--mesh.fsdp=8", "--rollout.prompts_per_step=16", "--link-gbps=1"]
-    c += ["--publish.encoding=delta", "--publish.compare=mesh"]
+    c += ["--publish.encoding=delta", "--publish.compare=mesh", "--algorithm.preset=grpo"]
     code, out, _ = run(capsys, *c, "--json", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert code == 0 and plan["fits"] is True
@@ -316,7 +316,9 @@ def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
     state = plan["outside the devices"]["checkpoint"]["bytes"]
     assert 0 <= state - 3 * published["bytes"] <= 64
     assert plan["memory of a device"]["update"]["argument_bytes"] >= state // 8
-    assert plan["memory of a device"]["kept"]["bytes"] == published["bytes"] // 8
+    # The last version, and the reference policy.
+    kept = plan["memory of a device"]["kept"]["bytes"]
+    assert kept == pytest.approx(2 * published["bytes"] / 8, rel=0.01)  # norms lie whole on each
     assert "FLOPs" in out and "publish" in out
 
 

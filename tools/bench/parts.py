@@ -84,7 +84,7 @@ def bench_update() -> None:
 
 def _one_a_row(policy: Any, tokens_BT: np.ndarray) -> Callable[[Any], Any]:
     """total(params): the log-probs of every token of right-padded rows."""
-    from jaxrl.losses import token_logprobs
+    from jaxrl.logprobs import token_logprobs
 
     def total(params: Any) -> Any:
         hidden_BSD = policy.hidden_of_rows(params, tokens_BT)[:, :-1]

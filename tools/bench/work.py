@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.advantages import group_advantages
+from jaxrl.advantages import estimate_advantages
 from jaxrl.config import AlgorithmSection, MeshSection, OptimizerSection, UpdateSection
-from jaxrl.losses import token_logprobs
+from jaxrl.logprobs import token_logprobs
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import Policy, init_params
 from jaxrl.models.params import param_specs
-from jaxrl.packing import pack
+from jaxrl.packing import pack, usable_tokens
 from jaxrl.sampler import InProcessEngine
 from jaxrl.types import Group, Prompt, Rollout, Sampling
 from jaxrl.update import init_state, make_optimizer, make_update
@@ -187,8 +187,10 @@ class _Learner:
     def update(self, groups: list[Group]) -> None:
         """Rewards are random: what is learned does not matter here."""
         rewards_PG = np.random.default_rng(3).random((len(groups), len(groups[0].rollouts)))
-        advantages = group_advantages(
-            rewards_PG.astype(np.float32), normalize_std=True, mask_equal_rewards=True
+        advantages = estimate_advantages(
+            rewards_PG.astype(np.float32),
+            usable_tokens(groups, rewards_PG.shape[1]),
+            AlgorithmSection(),
         )
         batch = pack(groups, *advantages, self.section, 1, self.policy.config.key_cost)
         self.rows = "{} x {}".format(*batch.tokens_BT.shape)

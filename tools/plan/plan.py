@@ -45,9 +45,10 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
     update, export = compile_update(setup, target), compile_export(setup)
     state = _bytes(setup.state)
     size = sizes(c, decoder, setup.specs, setup.trained, state, setup.batch)
-    kept = _kept_bytes(c, size, target)
+    held = _held_beside(setup, size, target)
+    kept = sum(held.values())
     fits = does_fit(update, target, kept) and does_fit(export, target, kept)
-    sections = [_what(setup, target, size), _memory(setup, target, update, export, kept)]
+    sections = [_what(setup, target, size), _memory(setup, target, update, export, held)]
     step = None
     if isinstance(update, Compiled):
         moves = traffic(update.cost.collectives, mesh_axes(c), target.chip)
@@ -72,11 +73,19 @@ def does_fit(program: Compiled | TooLarge, target: Target, kept: int = 0) -> boo
     return target.memory_bytes is None or program.peak + kept <= target.memory_bytes
 
 
-def _kept_bytes(c: Config, size: Sizes, target: Target) -> int:
-    """Of a device: the last version, where the devices take differences from it."""
+def _held_beside(setup: Setup, size: Sizes, target: Target) -> dict[str, int]:
+    """Bytes of a device, by what lies there all the time, beside the state."""
+    c, held = setup.config, {}
     compares = {"mesh": True, "host": False, "auto": target.platform != "cpu"}[c.publish.compare]
     compares &= c.publish.encoding == "delta" and c.rollout.engine == "vllm"
-    return size.publish // len(target.devices) if compares else 0
+    if compares:
+        text = "the last version, to take differences from (publish.compare)"
+        held[text] = size.publish // len(target.devices)
+    if c.algorithm.kl_coefficient and not c.lora.rank:
+        width = setup.policy.compute_dtype.itemsize
+        text = "the reference policy (algorithm.kl_coefficient)"
+        held[text] = _local_bytes(setup.state.params) * width // 4
+    return held
 
 
 def _what(setup: Setup, target: Target, size: Sizes) -> Section:
@@ -115,10 +124,10 @@ def _memory(
     target: Target,
     update: Compiled | TooLarge,
     export: Compiled | TooLarge,
-    kept: int,
+    held: dict[str, int],
 ) -> Section:
     """Of each device. The export runs while the whole state is there."""
-    lines = []
+    lines, kept = [], sum(held.values())
     for name, program in (("update", update), ("export", export)):
         if isinstance(program, TooLarge):
             wanted = gib(program.wanted) if program.wanted else "more than there is"
@@ -153,8 +162,7 @@ def _memory(
         Line("state", f"{gib(share)}: parameters and optimizer, float32", {"bytes": share})
     )
     if kept:
-        text = f"{gib(kept)}: the last version, to take differences from (publish.compare)"
-        lines.append(Line("kept", text, {"bytes": kept}))
+        lines.append(Line("kept", f"{gib(kept)}: {', and '.join(held)}", {"bytes": kept}))
     have = target.memory_bytes
     text = "not known here" if have is None else gib(have)
     lines.append(Line("a device has", text, {"bytes": have}))

@@ -112,6 +112,7 @@ def compile_update(setup: Setup, target: Target) -> Compiled | TooLarge:
     import jax
 
     from jaxrl.mesh import batch_sharding
+    from jaxrl.objectives.tokens import Anchors
     from jaxrl.update import make_optimizer, make_step
 
     c, mesh = setup.config, setup.mesh
@@ -128,7 +129,12 @@ def compile_update(setup: Setup, target: Target) -> Compiled | TooLarge:
         mesh,
         setup.state,
     )
-    return _compile(step.lower(setup.state, batch, setup.frozen))
+    scores = batch.behavior_logprobs_BC  # as those of policies that stand still are, and lie
+    anchors = Anchors(
+        scores if c.algorithm.scores_first else None,
+        scores if c.algorithm.kl_coefficient else None,
+    )
+    return _compile(step.lower(setup.state, batch, setup.frozen, anchors))
 
 
 def compile_export(setup: Setup) -> Compiled | TooLarge:

@@ -1,0 +1,1 @@
+"""What an update minimises: docs/algorithms.md has every name with its formula and source."""
