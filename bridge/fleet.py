@@ -234,8 +234,9 @@ class Fleet:
             if len(up) < least:
                 late = [] if decided() else [self._late(e) for e in self._roster.starting]
                 raise FleetError("; ".join([*failures, *late]) or self._broken)
-            for reason in failures:
-                self._warn(f"{reason}; not replaced: it never started")
+            for engine in self._roster:
+                if engine.ended and not engine.info:
+                    self._warn(f"{engine.reason}; not replaced: it never started")
             for engine in up:
                 engine.offered = True
             self._running = True
