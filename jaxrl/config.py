@@ -586,6 +586,30 @@ class CheckpointSection(Section):
     keep: int = knob(2, "verified checkpoints kept", unit="checkpoints", ge=1)
 
 
+class AlarmSection(Section):
+    """Thresholds whose crossing is said once, on the console; null: never."""
+
+    mismatch_k3: float | None = knob(
+        0.01,
+        "k3 estimate of KL(engine || trainer), per token, above which one may serve other weights "
+        "than the other has",
+        unit="nats",
+        gt=0.0,
+    )
+    ess: float | None = knob(
+        0.5, "effective sample size of a step's tokens, as a share of them", gt=0.0, le=1.0
+    )
+    entropy: float | None = knob(
+        0.1, "entropy, as a share of the first step's, below which sampling collapses", gt=0.0
+    )
+    grad_norm: float | None = knob(
+        10.0, "gradient norm, as a multiple of its median over the last steps", gt=1.0
+    )
+    unknown_rewards: float | None = knob(
+        0.05, "share of a step's completions whose reward is unknown", ge=0.0, le=1.0
+    )
+
+
 class LogSection(Section):
     samples_per_step: int = knob(
         2, "prompts whose completions are written to samples/ each step", unit="prompts", ge=0
@@ -643,6 +667,7 @@ class Config(RunConfig):
     update: UpdateSection = UpdateSection()
     publish: PublishSection = PublishSection()
     eval: RolloutEvalSection = RolloutEvalSection()
+    alarm: AlarmSection = AlarmSection()
 
     @property
     def temperature(self) -> float:

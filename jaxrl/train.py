@@ -144,9 +144,9 @@ class Parts:
 
 
 def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
-    """GRPO with one update a batch (arXiv:2402.03300, algorithm 1): rollouts, rewards, advantages,
-    update, publish; then the next step, with rollouts of the new weights or, as rollout.mode has
-    it, of somewhat older ones.
+    """GRPO (arXiv:2402.03300, algorithm 1), or what algorithm.* makes of it: rollouts, rewards,
+    advantages, update, publish; then the next step, with rollouts of the new weights or, as
+    rollout.mode has it, of somewhat older ones.
 
     Neither device nor engines wait for the host where they need not: the prompts of the next step
     are made while the update runs, and a step is reported and saved while the engines sample the
@@ -156,6 +156,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
 
     from bridge.transaction import begun
     from jaxrl.advantages import estimate_advantages
+    from jaxrl.alarms import Alarms
     from jaxrl.collect import Collector
     from jaxrl.objectives.aggregation import make_shares
     from jaxrl.packing import pack, usable_tokens
@@ -174,7 +175,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     if first_step == 0:
         accuracy = evaluate(parts, collector)
         parts.log.step(0, {"eval/accuracy": accuracy, "weights/version": version})
-    clock, saved = Clock(), first_step
+    clock, saved, alarms = Clock(), first_step, Alarms(c.alarm)
     collector.serve(version, publishing)
 
     for step in range(first_step + 1, c.run.steps + 1):
@@ -239,6 +240,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         metrics |= describe_publish(report)
         metrics |= collector.metrics() | ledger.metrics() | parts.engines.status()
         metrics["weights/version"] = version
+        for line in alarms.heard(metrics, rewards_PG.size):
+            warn(f"step {step}: {line}")
         # Before the checkpoint: a step that a resumed run will not repeat has been reported.
         parts.log.step(step, metrics)
         n = c.log.samples_per_step

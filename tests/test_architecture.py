@@ -35,6 +35,7 @@ LAYERS = [  # a module imports only from rows above its own
         "jaxrl.checkpoint",
         "jaxrl.metrics",
         "jaxrl.ledger",
+        "jaxrl.alarms",
     ],
     ["bridge.safetensors_files"],
     ["jaxrl.logprobs", "jaxrl.objectives.custom"],

@@ -1,0 +1,74 @@
+"""What in a step's metrics somebody should look at: a line when it begins, none while it lasts."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+
+from jaxrl.config import AlarmSection
+
+_REMEMBERED = 50  # steps, whose median a gradient is held against
+_ENOUGH = 10  # steps, before there is a median worth the name
+
+
+class Alarms:
+    """One run's. A threshold of None is never passed."""
+
+    def __init__(self, c: AlarmSection) -> None:
+        self._c = c
+        self._on: set[str] = set()
+        self._first_entropy: float | None = None
+        self._grad_norms: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def heard(self, metrics: Mapping[str, float], completions: int) -> list[str]:
+        """A line for each alarm that was silent after the last step, and is not after this one.
+
+        Args:
+          metrics: of a step of `train.run`.
+          completions: in it, whose rewards may be unknown.
+        """
+        said = self._of_step(metrics, completions)
+        new = [line for name, line in said.items() if name not in self._on]
+        self._on = set(said)
+        grad_norm = metrics.get("grad_norm", math.nan)
+        if math.isfinite(grad_norm):
+            self._grad_norms.append(grad_norm)
+        return new
+
+    def _of_step(self, metrics: Mapping[str, float], completions: int) -> dict[str, str]:
+        c, said = self._c, {}
+        k3, ess, entropy, grad_norm, unknown = (  # NaN is more and less than nothing
+            metrics.get(name, math.nan)
+            for name in ("mismatch/k3", "mismatch/ess", "entropy", "grad_norm", "reward/unknown")
+        )
+        if c.mismatch_k3 is not None and k3 > c.mismatch_k3:
+            said["mismatch_k3"] = (
+                f"mismatch/k3 = {k3:.2g} nats, more than alarm.mismatch_k3 = {c.mismatch_k3:g}: "
+                "engines sampled from another policy than the trainer computes; look at lag/mean, "
+                "vllm.dtype and publish/probe_max_abs_dlogp"
+            )
+        if c.ess is not None and ess < c.ess:
+            said["ess"] = (
+                f"mismatch/ess = {ess:.2f}, less than alarm.ess = {c.ess:g}: few tokens carry the "
+                "update; lower rollout.max_lag, or algorithm.correction_cap"
+            )
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        if c.entropy is not None and entropy < c.entropy * self._first_entropy:
+            said["entropy"] = (
+                f"entropy = {entropy:.2g} nats, less than alarm.entropy = {c.entropy:g} of the "
+                f"first step's {self._first_entropy:.2g}: the completions of a prompt become the "
+                "same, and comparing them teaches nothing more"
+            )
+        if c.unknown_rewards is not None and unknown > c.unknown_rewards * completions:
+            said["unknown_rewards"] = (
+                f"{unknown / completions:.0%} of the rewards are unknown, more than "
+                f"alarm.unknown_rewards = {c.unknown_rewards:g}: the verifier fails, see its log"
+            )
+        median = statistics.median(self._grad_norms) if len(self._grad_norms) >= _ENOUGH else None
+        if c.grad_norm is not None and median is not None and grad_norm > c.grad_norm * median:
+            said["grad_norm"] = (
+                f"grad_norm = {grad_norm:.2g}, more than alarm.grad_norm = {c.grad_norm:g} times "
+                f"its median of {median:.2g}"
+            )
+        return said
