@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from bridge.channels import Ticket
-from bridge.engines.errors import EngineDead, EngineError, RequestRefused, StaleVersion
+from bridge.engines.errors import EngineDead, EngineError, StaleVersion
 from bridge.engines.intake import Intake, Samples, siblings
-from bridge.engines.sampling import sampling_of
+from bridge.engines.sampling import check_tokens, sampling_of
 from bridge.engines.servers import About, Client, Counters, Server, server_at
 
 _RETRY_S = 0.5
@@ -236,18 +236,7 @@ class HttpEngine:
         return [self._server.sample(tokens, sampling, seed + i) for i in range(sampling.n)]
 
     def _check_tokens(self, tokens: Sequence[int], new: int) -> None:
-        """Servers cut short what is too long, and may die of a token that they do not have."""
-        longest = self._about.max_model_len
-        if not tokens or len(tokens) + new > longest:
-            raise RequestRefused(
-                f"{len(tokens)} prompt tokens and {new} new ones: there must be a prompt, and both "
-                f"must fit into the server's max_model_len = {longest}"
-            )
-        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-            raise RequestRefused(
-                f"tokens {min(tokens)} to {max(tokens)} are not all in the model's vocabulary of "
-                f"{self._vocab_size}; does the tokenizer belong to the model?"
-            )
+        check_tokens(tokens, new, self._about.max_model_len, self._vocab_size)
 
     async def _counters(self) -> Counters:
         now = time.monotonic()

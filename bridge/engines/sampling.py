@@ -1,7 +1,7 @@
 """What a request asks of sampling, in vLLM's terms."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.engines.errors import RequestRefused
@@ -37,6 +37,21 @@ def sampling_of(request: Mapping[str, Any], tokenizer: bool) -> Sampling:
             "start it with EngineSettings.tokenizer and the tokenizer's files"
         )
     return sampling
+
+
+def check_tokens(tokens: Sequence[int], new: int, max_model_len: int, vocab_size: int) -> None:
+    """Raises RequestRefused for what engines cut short, or may die of: `tokens` with `new` ones
+    behind them are too many, or not the model's."""
+    if not tokens or len(tokens) + new > max_model_len:
+        raise RequestRefused(
+            f"{len(tokens)} prompt tokens and {new} new ones: there must be a prompt, and both "
+            f"must fit into max_model_len = {max_model_len}"
+        )
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise RequestRefused(
+            f"tokens {min(tokens)} to {max(tokens)} are not all in the model's vocabulary of "
+            f"{vocab_size}; does the tokenizer belong to the model?"
+        )
 
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:

@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from bridge.engines.errors import EngineDead, EngineError, RequestRefused, StaleVersion
 from bridge.engines.intake import Intake, siblings
-from bridge.engines.sampling import sampling_of, sampling_params
+from bridge.engines.sampling import check_tokens, sampling_of, sampling_params
 from bridge.guard import guarded
 from jaxrl.types import Sampling
 
@@ -537,18 +537,8 @@ class VllmEngine:
                 f"acknowledged {self._version}"
             )
 
-    def _check_tokens(self, tokens: list[int], new: int) -> None:
-        longest = self._settings.max_model_len
-        if not tokens or len(tokens) + new > longest:
-            raise RequestRefused(
-                f"{len(tokens)} prompt tokens and {new} new ones: there must be a prompt, and both "
-                f"must fit into max_model_len = {longest}"
-            )
-        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-            raise RequestRefused(
-                f"tokens {min(tokens)} to {max(tokens)} are not all in the model's vocabulary of "
-                f"{self._vocab_size}; does the tokenizer belong to the model?"
-            )
+    def _check_tokens(self, tokens: Sequence[int], new: int) -> None:
+        check_tokens(tokens, new, self._settings.max_model_len, self._vocab_size)
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
