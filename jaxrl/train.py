@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -566,6 +567,8 @@ def at_once(publish: Callable[[Any, int], PublishReport]) -> Publish:
 
 def start_fleet(c: Config, model_dir: Path, decoder: DecoderConfig) -> Fleet:
     """Starts the engines without waiting for them: the trainer compiles meanwhile."""
+    # Or Ray prints ten lines of its own about each engine that is lost, beside ours.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     try:
         from bridge.fleet import Fleet, FleetSettings
     except ImportError as error:
