@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 
 ROOT = Path(__file__).parent.parent
 FAULTS = int(os.environ.get("FAULTS", "20"))

@@ -46,6 +46,9 @@ class Engine:
     def __init__(self, name, settings, model):
         self.name = name
 
+    async def acknowledged(self):
+        return None
+
     async def start(self):
         with guarded():
             subprocess.Popen([sys.executable, "-c", core])
@@ -60,9 +63,9 @@ class Engine:
         pass
 
 
-fleet_module.VllmEngine = Engine
 fleet_module.actor_environment = lambda cpu: {}
-fleet = fleet_module.Fleet(fleet_module.FleetSettings(), EngineSettings(), {}, [])
+settings = fleet_module.FleetSettings()
+fleet = fleet_module.Fleet(settings, EngineSettings(), {}, [], engine_class=Engine)
 fleet.start()
 other = ray.remote(Engine).options(num_cpus=0).remote("other", None, None)
 other.start.remote()
