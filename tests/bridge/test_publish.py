@@ -76,8 +76,9 @@ def engines():
     engines.close()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [("float32", True), ("bfloat16", False)], ids=["float32-tied", "bf16-untied"]
+)
 def test_after_every_publish_the_engine_is_a_fresh_engine_of_the_exported_directory(
     tied, dtype, tmp_path, ray_cluster, engine_settings, engines
 ):
