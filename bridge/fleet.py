@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,7 +196,8 @@ class Fleet:
         quiet = {"log_to_driver": False, "logging_level": "error"}
         if self._settings.ray_address is not None:
             try:
-                ray.init(address=self._settings.ray_address, **quiet)
+                with _own_sigterm():
+                    ray.init(address=self._settings.ray_address, **quiet)
             except ConnectionError as error:
                 raise FleetError(
                     f"no Ray cluster lets this process in at {self._settings.ray_address} "
@@ -204,7 +206,7 @@ class Fleet:
                 ) from error
         else:
             wanted = self._settings.max_engines * self._settings.cpus_per_engine
-            with guarded():
+            with guarded(), _own_sigterm():
                 ray.init(
                     address="local",  # without it Ray may join a cluster that it finds here
                     # Ray only counts these, and would never start an engine that has no CPU.
@@ -654,6 +656,15 @@ class Said:
     def since(self, before: "Said") -> "Said":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
         return Said(*(now - then for now, then in pairs))
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and ends this process where it stands: it is taken back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _outcome(reference: Any) -> Any:

@@ -162,7 +162,9 @@ def test_no_sample_is_lost_or_trained_twice(survived):
                 dropped.update(line["samples"])
     settled = trained + dropped
     assert all(settled[prompt] == GROUP for prompt in trained | dropped)
-    assert set(map(int, asked)) == set(range(len(asked)))  # no prompt was passed over
+    order = [int(prompt) for prompt in asked]
+    # None is passed over but those that are held out, some 5 % of all.
+    assert order == sorted(order) and len(order) > 0.9 * (order[-1] + 1)
     assert not dropped
     open_ = asked.keys() - settled.keys()
     assert len(open_) <= (MAX_LAG + 1) * PROMPTS

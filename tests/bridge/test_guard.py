@@ -26,7 +26,7 @@ time.sleep(600)
 """
 # Two engines, one of them not the fleet's, and a process that may stay; ends when it is told to.
 DRIVER = """
-import asyncio, json, os, subprocess, sys, time
+import asyncio, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import psutil, ray
@@ -64,6 +64,8 @@ class Engine:
 
 
 fleet_module.actor_environment = lambda cpu: {}
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())  # which Ray must leave alone
 settings = fleet_module.FleetSettings()
 fleet = fleet_module.Fleet(settings, EngineSettings(), {}, [], engine_class=Engine)
 fleet.start()
@@ -72,7 +74,7 @@ other.start.remote()
 with guarded():
     say("core", [subprocess.Popen([sys.executable, "-c", core]).pid])
 say("bystander", [subprocess.Popen(["env", "-u", "TEST_TOKEN", "sleep", "600"]).pid])
-sys.stdin.readline()
+told.wait(120)
 fleet.close()
 """
 
@@ -107,7 +109,6 @@ def test_nothing_is_left_of_a_driver_or_an_engine_and_nobody_else_is_harmed(tmp_
     token = uuid.uuid4().hex
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path), CORE],
-        stdin=subprocess.PIPE,
         env={**os.environ, "TEST_TOKEN": token},
     )
     bystander = []
@@ -122,8 +123,7 @@ def test_nothing_is_left_of_a_driver_or_an_engine_and_nobody_else_is_harmed(tmp_
             assert len(alive([*own, *others])) == 3 and driver.poll() is None
             os.kill(driver.pid, signal.SIGKILL)
         else:
-            driver.stdin.write(b"\n")
-            driver.stdin.flush()
+            driver.terminate()
         within(30, lambda: not alive([*own, *below, *others, *of_this_test(token)]))
         assert driver.wait(10) == (-signal.SIGKILL if end == "killed" else 0)
         assert alive(bystander)
