@@ -247,9 +247,11 @@ class Fleet:
     def _late(self, engine: Engine) -> str:
         if engine.has_process:
             return f"{engine.name} did not finish before its deadline: starting"
+        waited = f"{engine.name} has no process after {self._settings.start_timeout_s:g} s"
+        if engine.slot < len(self._servers):
+            return f"{waited}: Ray did not start one, though it needs no CPU and no GPU"
         return (
-            f"{engine.name} has no process after {self._settings.start_timeout_s:g} s: has a node "
-            f"of Ray {self._settings.cpus_per_engine:g} CPUs and "
+            f"{waited}: has a node of Ray {self._settings.cpus_per_engine:g} CPUs and "
             f"{self._settings.gpus_per_engine:g} GPUs free? Add nodes, or lower vllm.engines"
         )
 
@@ -661,9 +663,9 @@ class Said:
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Ray takes SIGTERM for itself, and ends this process where it stands: it is taken back."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)  # None: it is not Python's to put back
     yield
-    if threading.current_thread() is threading.main_thread():
+    if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
 

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "eval.*",
     "checkpoint.*",
     "log.*",
+    "alarm.*",
     "rollout.timeout_s",
     "sft.export_dtype",
     "optimizer.max_skipped_updates",

@@ -363,7 +363,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
             publish = at_once(hosts.together("publish", engine.publish))
         else:
             for info in fleet.wait_ready():
-                print(f"engine ready: vLLM {info['vllm']}, {info['seconds']:.1f} s", flush=True)
+                print(f"engine ready: {info['software']}, {info['seconds']:.1f} s", flush=True)
             engines = fleet
             publish = connect_bridge(
                 c, hosts, learner, fleet, run_dir, held_out, stream, next_version
@@ -415,7 +415,7 @@ def follow(c: Config | SftConfig, hosts: Hosts) -> int:
                     engine.publish(state.params, version)
                 case "begin", [prompts, options, seeds]:
                     texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
-                    engine.begin(texts, sampling_of(options), seeds)
+                    engine.begin(texts, sampling_from(options), seeds)
                 case "export", _:
                     learner.export(state.params)
                 case "export_frozen", _:
@@ -547,7 +547,7 @@ class LedEngine:
         self.engine.close()
 
 
-def sampling_of(options: Mapping[str, Any]) -> Sampling:
+def sampling_from(options: Mapping[str, Any]) -> Sampling:
     """The Sampling whose fields went through JSON, which knows lists alone."""
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()

@@ -121,10 +121,6 @@ class Channel(ABC):
         """Keeps `version`, if it is there or will be, however many come after it."""
         self._pinned.add(version)
 
-    def unpin(self, version: int) -> None:
-        """Lets `version` go with the next that is finished, unless it is among the newest."""
-        self._pinned.discard(version)
-
     @abstractmethod
     def begin(self, version: int, buckets: int, nbytes: int) -> Shipment:
         """Begins a version of so many buckets and bytes, under a number never used before.

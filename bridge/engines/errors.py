@@ -15,3 +15,21 @@ class StaleVersion(EngineError):
 
 class EngineDead(EngineError):
     """The engine cannot serve again."""
+
+
+def require_staged(engine: str, staged: int | None, version: int) -> None:
+    """Raises EngineError unless `version` is what was staged."""
+    if staged != version:
+        raise EngineError(
+            f"{engine}: version {version} cannot be committed, "
+            f"{'nothing' if staged is None else f'version {staged}'} is staged"
+        )
+
+
+def require_served(engine: str, acknowledged: int | None, version: int) -> None:
+    """Raises StaleVersion unless the engine acknowledged `version`, or a newer one."""
+    if acknowledged is None or version > acknowledged:
+        raise StaleVersion(
+            f"{engine}: the request is for weight version {version}, and the engine acknowledged "
+            f"{acknowledged}"
+        )

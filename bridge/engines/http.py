@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bridge.channels import Ticket
-from bridge.engines.errors import EngineDead, EngineError, StaleVersion
+from bridge.engines.errors import EngineDead, EngineError, require_served, require_staged
 from bridge.engines.intake import Intake, Samples, siblings
 from bridge.engines.sampling import check_tokens, sampling_of
 from bridge.engines.servers import About, Client, Counters, Server, server_at
@@ -83,7 +83,7 @@ class HttpEngine:
         self._intake = Intake(self._samples)  # from here on it counts who is idle
         return {
             "name": self._name,
-            "vllm": self._about.release,
+            "software": self._about.software,
             "version": None,
             "seconds": time.perf_counter() - started,
             "pid": os.getpid(),
@@ -169,11 +169,7 @@ class HttpEngine:
         """See VllmEngine.commit. After a failure the server stays paused."""
         async with self._updating:
             self._require_running()
-            if self._staged != version:
-                raise EngineError(
-                    f"{self._name}: version {version} cannot be committed, "
-                    f"{'nothing' if self._staged is None else f'version {self._staged}'} is staged"
-                )
+            require_staged(self._name, self._staged, version)
             self._staged = None
             started = time.perf_counter()
             try:
@@ -224,12 +220,7 @@ class HttpEngine:
         """Each sibling is a request of its own to the server, whose prefix cache shares the
         prompt."""
         self._require_running()
-        version = request["version"]
-        if self._version is None or version > self._version:
-            raise StaleVersion(
-                f"{self._name}: the request is for weight version {version}, and the engine "
-                f"acknowledged {self._version}"
-            )
+        require_served(self._name, self._version, request["version"])
         sampling = sampling_of(request, self._about.tokenizer)
         tokens, seed = list(request["tokens"]), request["seed"]
         self._check_tokens(tokens, new=sampling.max_new_tokens)

@@ -49,7 +49,7 @@ class ErrorAnswer(EngineError):
 class About(NamedTuple):
     """What a server says of itself."""
 
-    release: str
+    software: str  # its name and release
     max_model_len: int  # tokens, prompt + completion
     max_num_seqs: int  # sampled at once
     tokenizer: bool  # without one, options that are about text would be ignored, silently
@@ -205,7 +205,7 @@ class VllmServer:
             raise self._unusable(missing)
         await self._client.post("/init_weight_transfer_engine", {"init_info": {}})
         return About(
-            release=about["version"],
+            software=f"vLLM {about['version']}",
             max_model_len=self._max_model_len,
             max_num_seqs=scheduler["max_num_seqs"],
             tokenizer=not model["skip_tokenizer_init"],
@@ -345,7 +345,7 @@ class SglangServer:
                 "docs/engines.md says"
             )
         return About(
-            release=f"SGLang {info['version']}",
+            software=f"SGLang {info['version']}",
             max_model_len=self._max_model_len,
             max_num_seqs=info["max_running_requests"],
             tokenizer=not info["skip_tokenizer_init"],

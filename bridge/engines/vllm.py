@@ -20,7 +20,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from bridge.engines.errors import EngineDead, EngineError, RequestRefused, StaleVersion
+from bridge.engines.errors import (
+    EngineDead,
+    EngineError,
+    RequestRefused,
+    require_served,
+    require_staged,
+)
 from bridge.engines.intake import Intake, siblings
 from bridge.engines.sampling import check_tokens, sampling_of, sampling_params
 from bridge.guard import guarded
@@ -127,7 +133,7 @@ class VllmEngine:
         self._intake = Intake(self._samples)  # from here on it counts who is idle
         return {
             "name": self._name,
-            "vllm": vllm.__version__,
+            "software": f"vLLM {vllm.__version__}",
             "version": self._version,
             "max_num_seqs": self._settings.max_num_seqs,
             "seconds": time.perf_counter() - started,
@@ -287,11 +293,7 @@ class VllmEngine:
           sampled; load_s, the part of it spent loading; stage_s.
         """
         async with self._updating:
-            if self._staged != version:
-                raise EngineError(
-                    f"{self._name}: version {version} cannot be committed, "
-                    f"{'nothing' if self._staged is None else f'version {self._staged}'} is staged"
-                )
+            require_staged(self._name, self._staged, version)
             self._staged = None
             started = time.perf_counter()
             try:
@@ -434,7 +436,8 @@ class VllmEngine:
     def _samples(self, request: dict[str, Any]) -> list[Coroutine[Any, Any, dict[str, Any]]]:
         """The siblings of a request as requests of their own, which share the prompt in the cache:
         vLLM would give those of one request back together, and not before the last."""
-        self._require_version(request["version"])
+        self._require_running()
+        require_served(self._name, self._version, request["version"])
         sampling = sampling_of(request, self._settings.tokenizer)
         tokens, seed = request["tokens"], request["seed"]
         self._check_tokens(tokens, new=sampling.max_new_tokens)
@@ -527,15 +530,6 @@ class VllmEngine:
             raise EngineDead(f"{self._name} is not running")
         if self._llm.errored:
             raise EngineDead(f"{self._name}: {_sentence(self._llm.dead_error)}")
-
-    def _require_version(self, version: int) -> None:
-        """`version` is the oldest that will do."""
-        self._require_running()
-        if self._version is None or version > self._version:
-            raise StaleVersion(
-                f"{self._name}: the request is for weight version {version}, and the engine "
-                f"acknowledged {self._version}"
-            )
 
     def _check_tokens(self, tokens: Sequence[int], new: int) -> None:
         check_tokens(tokens, new, self._settings.max_model_len, self._vocab_size)

@@ -182,9 +182,9 @@ def check_engine_digest(name: str, case: Case) -> Check:
     published = case.published
     bad = [p for p in published if p.said != p.exported]
     digests = ", ".join(p.said[:12] for p in published)
-    words = f"vLLM {case.engine.version}: what it loaded of {len(published)} versions: {digests}"
+    words = f"{case.engine.software}: what it loaded of {len(published)} versions: {digests}"
     details = [f"version {p.version}: loaded {p.said}, sent {p.exported}" for p in bad]
-    values = {"vllm": case.engine.version, "digests": [p.said for p in published]}
+    values = {"engine": case.engine.software, "digests": [p.said for p in published]}
     return Check(name, "FAIL" if bad else "pass", words, "equal to what was sent", values, details)
 
 

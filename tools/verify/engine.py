@@ -43,7 +43,7 @@ class Engine:
         """`prompts` returns those to be asked; what it raises is a failure to start."""
         self._directory, self._config, self._specs = directory, config, specs
         self._prompts = prompts
-        self._fleet, self._refusal, self.version = None, None, ""
+        self._fleet, self._refusal, self.software = None, None, ""
         self._scratch = tempfile.TemporaryDirectory(prefix="jaxrl-verify-weights-")
 
     def start(self) -> None:
@@ -62,7 +62,7 @@ class Engine:
         """
         if self._refusal or self._fleet is None:
             raise RunError(f"no engine: {first_line(self._refusal)}")
-        self.version = self._fleet.wait_ready()[0]["vllm"]
+        self.software = self._fleet.wait_ready()[0]["software"]
         publish = self._publisher(self._fleet)
         return publish(params, 1), publish(perturbed(params, seed), 2)
 
