@@ -20,9 +20,9 @@ from jaxrl.config import SftConfig
 from jaxrl.interrupt import Interrupt
 from jaxrl.learner import Checkpoints, build_learner, lead, open_model
 from jaxrl.measure import Clock
+from jaxrl.program import refuse_to_go_on_skipping, start, summarize
 from jaxrl.report import SFT_COLUMNS
 from jaxrl.settings import Command, to_yaml
-from jaxrl.train import refuse_to_go_on_skipping, start, summarize
 from jaxrl.types import Example, Group, Rollout, TrainBatch
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good

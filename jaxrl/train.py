@@ -2,40 +2,33 @@
 
     python -m jaxrl.train --config FILE [--resume | --dry-run] [--section.key VALUE ...]
 
-Exit codes: 0 done; 1 the run could not go on; 2 a mistake in the configuration, a file or the
-command line; 128 + n ended by signal n, after a checkpoint.
+Exit codes: see `jaxrl.program`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import shlex
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl.config import Config, RunConfig, SftConfig
+from jaxrl.config import Config
 from jaxrl.interrupt import Interrupt
 from jaxrl.learner import (
     FROZEN_DTYPE,
     Checkpoints,
     Learner,
-    LedExporter,
-    abstract,
     build_learner,
     lead,
     lora_config,
     open_model,
 )
+from jaxrl.led import LedCarrier, LedEngine
 from jaxrl.measure import (
     Clock,
     describe_lag,
@@ -45,81 +38,35 @@ from jaxrl.measure import (
     describe_rollouts,
     describe_times,
 )
-from jaxrl.settings import C, Command, describe, parse_command_line, to_yaml
+from jaxrl.program import refuse_to_go_on_skipping, start, summarize
+from jaxrl.settings import Command, to_yaml
 from jaxrl.types import (
     Group,
     Prompt,
     PublishReport,
-    Request,
     RunError,
     Sampling,
-    TrainBatch,
     UserError,
 )
 
 if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from tokenizers import Tokenizer
 
-    from bridge.channels import Shipment
-    from bridge.encoding import Shadow
     from bridge.engines.http import ServerSettings
-    from bridge.export import Exporter
     from bridge.fleet import Fleet
-    from bridge.wire import Base, Outgoing, TensorEntry
     from jaxrl.collect import Collector, Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.hosts import Hosts
     from jaxrl.ledger import Ledger
     from jaxrl.metrics import RunLog
     from jaxrl.models.config import DecoderConfig
-    from jaxrl.models.decoder import Params
-    from jaxrl.report import Summary
     from jaxrl.rewards import Reward
     from jaxrl.rundir import RunDir
-    from jaxrl.sampler import InProcessEngine
     from jaxrl.update import TrainState, Update
 
 
 def main(arguments: list[str] | None = None) -> int:
     return start(sys.argv[1:] if arguments is None else arguments, Config, train)
-
-
-def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts], int]) -> int:
-    """A command line -> its exit code. The first process does `go`, the others `follow`."""
-    try:
-        command = parse_command_line(arguments, kind)
-        if command.dry_run:
-            print(to_yaml(command.config) + "\n" + describe(command.config))
-            return 0
-        from jaxrl.hosts import join
-
-        with join(command.config, report_error) as hosts:
-            code = go(command, hosts) if hosts.first else follow(command.config, hosts)
-            hosts.end(code)
-        return code
-    except (RunError, KeyboardInterrupt) as error:
-        return report_error(error)
-
-
-def report_error(error: BaseException) -> int:
-    """Says what ended the run, and returns the exit code."""
-    match error:
-        case UserError():
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        case RunError():
-            print(
-                f"error: {error}\nto go on from the newest checkpoint, add --resume",
-                file=sys.stderr,
-            )
-            return 1
-        case KeyboardInterrupt():
-            print(
-                "ended at once; to go on from the newest checkpoint, add --resume", file=sys.stderr
-            )
-            return 128 + signal.SIGINT
-    traceback.print_exception(error)
-    return 1
 
 
 @dataclass
@@ -290,16 +237,6 @@ def evaluate(parts: Parts, collector: Collector) -> float:
     return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
 
 
-def refuse_to_go_on_skipping(c: RunConfig, state: TrainState, step: int) -> None:
-    skipped = int(state.skipped_in_a_row)
-    if skipped >= c.optimizer.max_skipped_updates:
-        raise RunError(
-            f"step {step}: the loss or gradient was not finite in {skipped} updates in a row "
-            "(optimizer.max_skipped_updates); parameters are as they were before them. Lower "
-            "optimizer.learning_rate, or look at samples/ for what was trained on"
-        )
-
-
 def train(command: Command[Config], hosts: Hosts) -> int:
     """Puts the parts together, runs the loop, and leaves the run directory complete."""
     from jaxrl.data import fingerprint, load_tokenizer, open_data
@@ -390,169 +327,6 @@ def train(command: Command[Config], hosts: Hosts) -> int:
             learner.save(state.params, c.model.path, model_dir, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))
         return 0 if finished or interrupt.signal is None else 128 + interrupt.signal
-
-
-def follow(c: Config | SftConfig, hosts: Hosts) -> int:
-    """The part of every process but the first: what that one announces, with the shards here."""
-    from bridge.encoding import Shadow
-    from bridge.wire import Base
-    from jaxrl import checkpoint
-    from jaxrl.rundir import check_shared
-    from jaxrl.sampler import InProcessEngine
-
-    model_dir, decoder = open_model(c)
-    learner = build_learner(c, model_dir, decoder)
-    engine = InProcessEngine(learner.policy, learner.frozen)
-    state, checkpoints, shadow = learner.state, c.run_dir / "checkpoints", Shadow()
-    with Interrupt(hosts.interrupt).listening():
-        for order in hosts.orders():
-            match order.name, order.args:
-                case "run_dir", [holder]:
-                    check_shared(c.run_dir, holder)
-                case "update", _:
-                    state, _ = learner.update(state, TrainBatch(*order.arrays))
-                case "publish", [version]:
-                    engine.publish(state.params, version)
-                case "begin", [prompts, options, seeds]:
-                    texts = [Prompt(i, "", tuple(x), {}) for i, x in enumerate(prompts)]
-                    engine.begin(texts, sampling_from(options), seeds)
-                case "export", _:
-                    learner.export(state.params)
-                case "export_frozen", _:
-                    learner.export_frozen(learner.frozen)
-                case "export_merged", _:
-                    learner.export_merged(state.params)
-                case "ship", [which, invitation, base, keep]:
-                    shadow.begin(None if base is None else Base(*base), keep)
-                    exporter, params = {
-                        "export": (learner.export, state.params),
-                        "export_frozen": (learner.export_frozen, learner.frozen),
-                    }[which]
-                    ship_share(hosts, exporter, params, invitation, shadow, keep)
-                case "settle", [version]:
-                    shadow.settle(None if version is None else Base(*version))
-                case "score", [tokens]:
-                    learner.score(state.params, tokens)
-                case "nll", _:
-                    learner.nll(state.params, TrainBatch(*order.arrays))
-                case "save", [step]:
-                    checkpoint.save_shards(checkpoints, step, state)
-                case "restore", [name]:
-                    state = checkpoint.restore(checkpoints / name, abstract(state)).arrays
-                case "end", [code]:
-                    return code
-    raise AssertionError("the orders end with `end`")
-
-
-@dataclass
-class LedCarrier:
-    """Every process ships its share of a version; the first has the shipment."""
-
-    hosts: Hosts
-    deadline_s: float  # for the others to be done after this one is
-
-    def __post_init__(self) -> None:
-        from bridge.encoding import Shadow
-
-        self.shadow, self.device_bytes = Shadow(), 0
-
-    def ship(
-        self,
-        export: LedExporter,
-        params: Params,
-        shipment: Shipment,
-        base: Base | None,
-        keep: bool,
-    ) -> list[TensorEntry]:
-        from bridge.channels import ChannelError
-        from bridge.publisher import ship
-        from bridge.wire import TensorEntry
-
-        about = None if base is None else dataclasses.astuple(base)
-        self.hosts.announce("ship", export.order, shipment.invitation(), about, keep)
-        self.shadow.begin(base, keep)
-        own = export.exporter
-        problems: list[str] = []
-        try:
-            shipped = ship(share(own, params, self.shadow, keep), shipment, self.shadow)
-        except ChannelError as error:
-            problems, shipped = [str(error)], []
-        self.device_bytes = own.device_bytes
-        for entries, problem, device_bytes in self.hosts.answers(self.deadline_s):
-            self.device_bytes += device_bytes
-            shipped += [TensorEntry(**entry) for entry in entries]
-            problems += [problem] if problem else []
-        if problems:
-            raise ChannelError(problems[0])
-        return shipped
-
-    def settle(self, version: Base | None) -> None:
-        self.hosts.announce("settle", None if version is None else dataclasses.astuple(version))
-        self.shadow.settle(version)
-
-
-def ship_share(
-    hosts: Hosts,
-    exporter: Exporter,
-    params: Params,
-    invitation: str,
-    shadow: Shadow,
-    keep: bool,
-) -> None:
-    """A follower's part of `LedCarrier.ship`."""
-    from bridge.channels import ChannelError, join
-    from bridge.publisher import ship
-
-    groups = share(exporter, params, shadow, keep)
-    try:
-        shipment = join(invitation)
-    except ChannelError as error:
-        for _ in groups:  # the mesh waits for every process
-            pass
-        return hosts.answer([], str(error), exporter.device_bytes)
-    try:
-        shipped = ship(groups, shipment, shadow)
-    except ChannelError as error:
-        return hosts.answer([], str(error), exporter.device_bytes)
-    entries = [dataclasses.asdict(entry) for entry in shipped]
-    return hosts.answer(entries, None, exporter.device_bytes)
-
-
-def share(exporter: Exporter, params: Params, shadow: Shadow, keep: bool) -> Iterator[Outgoing]:
-    """The groups of a version, of which this process gets those that it ships."""
-    import jax
-
-    owners = exporter.owners(jax.process_count())
-    if keep:
-        return exporter.groups_since(shadow, params, owners)
-    return exporter.groups(params, owners)
-
-
-@dataclass
-class LedEngine:
-    """The in-process engine of the first process, which the others sample with."""
-
-    hosts: Hosts
-    engine: InProcessEngine
-
-    def submit(self, requests: Sequence[Request], urgent: bool = False) -> list[Future[Group]]:
-        tokens, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
-        self.hosts.announce("begin", tokens, dataclasses.asdict(requests[0].sampling), seeds)
-        return self.engine.submit(requests, urgent)
-
-    def status(self) -> dict[str, float]:
-        return self.engine.status()
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-def sampling_from(options: Mapping[str, Any]) -> Sampling:
-    """The Sampling whose fields went through JSON, which knows lists alone."""
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
-    return Sampling(**plain)
 
 
 def at_once(publish: Callable[[Any, int], PublishReport]) -> Publish:
@@ -684,31 +458,6 @@ def connect_bridge(
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def summarize(command: Command, run_dir: RunDir, interrupt: Interrupt, finished: bool) -> Summary:
-    """How the run ended, where its outputs are, and the command that goes on with it."""
-    from jaxrl.report import Summary
-
-    arguments = [*command.arguments, "--resume"]
-    outputs = {
-        "metrics": run_dir.metrics_file,
-        "samples": run_dir.samples,
-        "TensorBoard": run_dir.tensorboard,
-        "checkpoints": run_dir.checkpoints,
-    }
-    if finished:
-        outputs["policy, as a Hugging Face directory"] = run_dir.export
-        if command.config.lora.rank:
-            outputs["adapters, as a PEFT directory"] = run_dir.adapter
-        arguments.append(f"--run.steps={2 * command.config.run.steps}")
-    ended = "finished" if finished else f"ended by {signal.Signals(interrupt.signal).name}"
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    return Summary(
-        ended, outputs, shlex.join([str(python), "-m", command.config.program, *arguments])
-    )
 
 
 if __name__ == "__main__":

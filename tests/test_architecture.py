@@ -74,8 +74,9 @@ LAYERS = [  # a module imports only from rows above its own
     ["bridge.requests"],
     ["bridge.fleet"],
     ["jaxrl.learner"],
-    ["jaxrl.train"],
-    ["jaxrl.sft"],
+    ["jaxrl.led"],
+    ["jaxrl.program"],
+    ["jaxrl.train", "jaxrl.sft"],
 ]
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 
@@ -140,7 +141,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.generate": HEAVY,
     "bridge.fleet": WORKER | {"torch", "vllm"},
 }
-JOINS_THE_HALVES = {"jaxrl.learner", "jaxrl.train"}
+JOINS_THE_HALVES = {"jaxrl.learner", "jaxrl.led", "jaxrl.train"}
 
 
 def module_name(path: Path) -> str:
