@@ -1,5 +1,5 @@
 # make demo      sets up, then trains the demo (configs/arithmetic.yaml) in a few minutes
-# make test      sets up, then runs the whole test suite
+# make test      sets up, then runs the whole test suite, two files at a time
 # make check     lint, format and types
 # make plan      tools.plan on the larger shapes of configs/ (about ten minutes)
 # make families  tools.verify on a model of each family, with a running engine (about ten minutes)
@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python -m jaxrl.train --config configs/arithmetic.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

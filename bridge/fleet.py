@@ -533,6 +533,8 @@ class Fleet:
     def _doing(self, engine: Engine) -> str:
         if engine.state is EngineState.STARTING:
             return "starting"
+        if engine.state is EngineState.LOADING:
+            return "loading"
         return f"sampling {len(self._requests.schedule.has(engine.name))} prompts"
 
     def _why_gone(self) -> str:

@@ -17,6 +17,7 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # libtpu is installed, and vLLM would 
 flags = [DEVICES, QUICK] if os.environ["JAX_PLATFORMS"] == "cpu" else [DEVICES]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
-compiled = tempfile.TemporaryDirectory(prefix="jaxrl-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its session has
+    compiled = tempfile.TemporaryDirectory(prefix="jaxrl-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
