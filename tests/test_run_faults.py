@@ -71,7 +71,7 @@ def survived(tmp_path_factory):
         "vllm.engines": "2",
         "vllm.silence_s": str(SILENCE_S),
         "vllm.max_restarts": str(4 * FAULTS),
-        "vllm.start_timeout_s": "90",
+        "vllm.start_timeout_s": "300",
         "vllm.max_num_seqs": "32",
         "eval.every_steps": "0",
         "log.tensorboard": "false",
