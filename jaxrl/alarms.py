@@ -1,5 +1,6 @@
 """What in a step's metrics somebody should look at: a line when it begins, none while it lasts."""
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -9,6 +10,8 @@ from jaxrl.config import AlarmSection
 
 _REMEMBERED = 50  # steps, whose median a gradient is held against
 _ENOUGH = 10  # steps, before there is a median worth the name
+_GROWING = 3  # steps in a row
+_NOISE = 1e-3  # nats: below it mismatch/k3 comes and goes with rounding
 
 
 class Alarms:
@@ -19,6 +22,7 @@ class Alarms:
         self._on: set[str] = set()
         self._first_entropy: float | None = None
         self._grad_norms: deque[float] = deque(maxlen=_REMEMBERED)
+        self._k3: deque[float] = deque(maxlen=_GROWING + 1)  # the newest step's included
 
     def heard(self, metrics: Mapping[str, float], completions: int) -> list[str]:
         """A line for each alarm that was silent after the last step, and is not after this one.
@@ -37,15 +41,30 @@ class Alarms:
 
     def _of_step(self, metrics: Mapping[str, float], completions: int) -> dict[str, str]:
         c, said = self._c, {}
-        k3, ess, entropy, grad_norm, unknown = (  # NaN is more and less than nothing
+        k3, ess, entropy, grad_norm, unknown, nonfinite = (  # NaN is more and less than nothing
             metrics.get(name, math.nan)
-            for name in ("mismatch/k3", "mismatch/ess", "entropy", "grad_norm", "reward/unknown")
+            for name in (
+                "mismatch/k3",
+                "mismatch/ess",
+                "entropy",
+                "grad_norm",
+                "reward/unknown",
+                "update/nonfinite",
+            )
         )
         if c.mismatch_k3 is not None and k3 > c.mismatch_k3:
             said["mismatch_k3"] = (
                 f"mismatch/k3 = {k3:.2g} nats, more than alarm.mismatch_k3 = {c.mismatch_k3:g}: "
                 "engines sampled from another policy than the trainer computes; look at lag/mean, "
                 "vllm.dtype and publish/probe_max_abs_dlogp"
+            )
+        self._k3.append(max(_NOISE, k3))
+        if c.mismatch_growth is not None and self._grown_by(c.mismatch_growth):
+            said["mismatch_growth"] = (
+                f"mismatch/k3 = {', '.join(f'{x:.2g}' for x in self._k3)} nats in the last steps, "
+                f"each time more than alarm.mismatch_growth = {c.mismatch_growth:g} times as much: "
+                "engines and trainer drift apart; look at lag/mean, weights/version_served and "
+                "grad_norm"
             )
         if c.ess is not None and ess < c.ess:
             said["ess"] = (
@@ -65,6 +84,14 @@ class Alarms:
                 f"{unknown / completions:.0%} of the rewards are unknown, more than "
                 f"alarm.unknown_rewards = {c.unknown_rewards:g}: the verifier fails, see its log"
             )
+        if c.nonfinite_updates is not None and nonfinite > c.nonfinite_updates:
+            loss = metrics.get("loss", math.nan)
+            said["nonfinite_updates"] = (
+                f"update/nonfinite = {nonfinite:.0f}, more than alarm.nonfinite_updates = "
+                f"{c.nonfinite_updates}: updates without effect, the step's last with loss = "
+                f"{loss:.2g} and grad_norm = {grad_norm:.2g}; look at samples/ for what was "
+                "trained on, or lower optimizer.learning_rate"
+            )
         median = statistics.median(self._grad_norms) if len(self._grad_norms) >= _ENOUGH else None
         if c.grad_norm is not None and median is not None and grad_norm > c.grad_norm * median:
             said["grad_norm"] = (
@@ -72,3 +99,8 @@ class Alarms:
                 f"its median of {median:.2g}"
             )
         return said
+
+    def _grown_by(self, factor: float) -> bool:
+        steps = list(self._k3)
+        grown = [after > factor * before for before, after in itertools.pairwise(steps)]
+        return len(grown) == _GROWING and all(grown)

@@ -596,6 +596,12 @@ class AlarmSection(Section):
         unit="nats",
         gt=0.0,
     )
+    mismatch_growth: float | None = knob(
+        1.5,
+        "factor by which that estimate grows in each of three steps in a row; what is below 0.001 "
+        "counts as 0.001",
+        gt=1.0,
+    )
     ess: float | None = knob(
         0.5, "effective sample size of a step's tokens, as a share of them", gt=0.0, le=1.0
     )
@@ -604,6 +610,13 @@ class AlarmSection(Section):
     )
     grad_norm: float | None = knob(
         10.0, "gradient norm, as a multiple of its median over the last steps", gt=1.0
+    )
+    nonfinite_updates: int | None = knob(
+        0,
+        "updates of a step that were skipped because their loss or gradient was not finite; "
+        "optimizer.max_skipped_updates in a row end the run",
+        unit="updates",
+        ge=0,
     )
     unknown_rewards: float | None = knob(
         0.05, "share of a step's completions whose reward is unknown", ge=0.0, le=1.0

@@ -8,6 +8,9 @@ import numpy as np
 
 from jaxrl.types import Group, PublishReport, TrainBatch
 
+_SAME = 1e-6  # rewards closer than this are the same
+_FULL = 1.0 - _SAME
+
 
 class Clock:
     """Seconds of each phase of one step."""
@@ -27,20 +30,50 @@ class Clock:
 
 
 def describe_rewards(rewards_PG: np.ndarray, weights_PG: np.ndarray) -> dict[str, float]:
-    known = rewards_PG[np.isfinite(rewards_PG)]
+    """Fractions of groups, but that of trained ones, are of those with a known reward."""
+    known_PG = np.isfinite(rewards_PG)
+    known = rewards_PG[known_PG]
+    lowest_P = np.where(known_PG, rewards_PG, np.inf).min(axis=1)[known_PG.any(axis=1)]
+    highest_P = np.where(known_PG, rewards_PG, -np.inf).max(axis=1)[known_PG.any(axis=1)]
+    worst_P = (highest_P <= known.min(initial=np.inf) + _SAME) & (highest_P < _FULL)
     return {
-        "reward/mean": float(known.mean()) if known.size else float("nan"),
-        "reward/std": float(known.std()) if known.size else float("nan"),
+        "reward/mean": _mean(known),
+        "reward/std": float(known.std()) if known.size else math.nan,
         "reward/unknown": float(rewards_PG.size - known.size),
         "reward/fraction_groups_trained": float(weights_PG.any(axis=1).mean()),
+        "reward/fraction_groups_all_lowest": _mean(worst_P),
+        "reward/fraction_groups_all_full": _mean(lowest_P >= _FULL),
+        "reward/pass_at_k": _mean(highest_P >= _FULL),
     }
+
+
+def describe_advantages(advantages_PG: np.ndarray, weights_PG: np.ndarray) -> dict[str, float]:
+    """Of the completions that are trained on; NaN if there are none."""
+    trained = advantages_PG[weights_PG > 0]
+    if not trained.size:
+        trained = np.array([np.nan])
+    return {
+        "advantage/mean": float(trained.mean()),
+        "advantage/std": float(trained.std()),
+        "advantage/min": float(trained.min()),
+        "advantage/max": float(trained.max()),
+    }
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(x.mean()) if x.size else math.nan
 
 
 def describe_rollouts(groups: list[Group]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([len(rollout.tokens) for rollout in rollouts])
+    prompts = np.array([len(group.prompt.tokens) for group in groups])
     return {
+        "prompt/mean_tokens": float(prompts.mean()),
+        "prompt/max_tokens": float(prompts.max()),
         "completion/mean_tokens": float(lengths.mean()),
+        "completion/min_tokens": float(lengths.min()),
+        "completion/p95_tokens": float(np.percentile(lengths, 95)),
         "completion/max_tokens": float(lengths.max()),
         "completion/truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }

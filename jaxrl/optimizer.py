@@ -18,10 +18,15 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
 class Optimizer(NamedTuple):
     clip: optax.GradientTransformation  # of all gradients together; has no state
     adamw: optax.GradientTransformation  # of every element alone
+    rate: Callable[[jax.Array], jax.Array]  # steps taken -> learning rate of the next
     offload: str = "none"  # see config.OptimizerSection
 
     def init(self, params: Any) -> Any:
         return self.adamw.init(params)
+
+    def learning_rate(self, state: Any) -> jax.Array:
+        """Of the step that `apply` would take."""
+        return self.rate(state[0].count)
 
     def apply(
         self, grads: Any, state: Any, params: Any, ok: jax.Array, shardings: Any

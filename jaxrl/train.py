@@ -31,6 +31,7 @@ from jaxrl.learner import (
 from jaxrl.led import LedCarrier, LedEngine
 from jaxrl.measure import (
     Clock,
+    describe_advantages,
     describe_lag,
     describe_packing,
     describe_publish,
@@ -183,6 +184,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         refuse_to_go_on_skipping(c, state, step)
         metrics |= {name: float(value) for name, value in update_metrics.items()}
         metrics |= describe_rewards(rewards_PG, weights_PG)
+        metrics |= describe_advantages(advantages_PG, weights_PG)
         metrics |= describe_rollouts(groups)
         metrics |= describe_packing(groups, batch)
         metrics |= describe_publish(report)

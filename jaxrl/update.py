@@ -43,15 +43,19 @@ Scorer = Callable[[Params, Params, TrainBatch], Scores]  # (params, frozen, batc
 
 def make_optimizer(c: OptimizerSection) -> Optimizer:
     """Global-norm clipping, then AdamW with linear warm-up (Loshchilov and Hutter, 1711.05101)."""
+
+    def rate(count: jax.Array) -> jax.Array:
+        return c.learning_rate * jnp.minimum(1.0, (count + 1) / max(c.warmup_steps, 1))
+
     adamw = optax.adamw(
-        lambda count: c.learning_rate * jnp.minimum(1.0, (count + 1) / max(c.warmup_steps, 1)),
+        rate,
         b1=c.beta1,
         b2=c.beta2,
         eps=c.eps,
         mu_dtype=c.first_moment_dtype,
         weight_decay=c.weight_decay,
     )
-    return Optimizer(optax.clip_by_global_norm(c.max_grad_norm), adamw, c.offload)
+    return Optimizer(optax.clip_by_global_norm(c.max_grad_norm), adamw, rate, c.offload)
 
 
 def init_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -120,7 +124,8 @@ def make_update(
     The reference policy, where there is one, is that of the frozen weights alone, as adapters
     begin; or `state` as it is now, kept in the dtype that the policy computes in.
 
-    Of several updates the metrics are the last one's, and `update/skipped` counts them all.
+    Of several updates the metrics are the last one's; `update/skipped` and `update/nonfinite` count
+    them all.
     """
     step = make_step(policy, optimizer, algorithm, c, temperature, mesh, state)
     score = make_score_batch(policy, c, temperature, mesh)
@@ -139,9 +144,10 @@ def make_update(
         )
         state, metrics = step(state, batch, whole, anchors)
         for _ in range(algorithm.updates_per_batch - 1):
-            skipped = metrics["update/skipped"]
+            before = metrics
             state, metrics = step(state, batch, whole, anchors)
-            metrics["update/skipped"] += skipped
+            for name in ("update/skipped", "update/nonfinite"):
+                metrics[name] += before[name]
         return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
 
     return update
@@ -177,9 +183,10 @@ def make_step(
 
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state stay
     bitwise as they were. So is one with nothing to train on; only the former is counted in
-    `skipped_in_a_row`. Metrics: those of `make_objective`, and `loss`, `entropy`, `grad_norm`
-    (before clipping), `update_norm`, `tokens/trained`, `update/skipped` (1 if it was),
-    `update/compiled_shapes` (of batches, in this process).
+    `skipped_in_a_row` and `update/nonfinite`. Metrics: those of `make_objective`, and `loss`,
+    `entropy`, `grad_norm` (before clipping), `update_norm`, `update_ratio` (to the norm of the
+    parameters), `learning_rate`, `tokens/trained`, `update/skipped` and `update/nonfinite` (1 if it
+    was), `update/compiled_shapes` (of batches, in this process).
     """
     objective = make_objective(algorithm)
     gradient = make_gradient(policy, objective, c, temperature, mesh)
@@ -197,6 +204,8 @@ def make_step(
         # would keep the old and the new moments of all parameters at the same time.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         apply = finite & (tokens > 0)
+        learning_rate = optimizer.learning_rate(state.opt_state)
+        param_norm = optax.tree.norm(state.params)
         params, opt_state, update_norm = optimizer.apply(
             grads, state.opt_state, state.params, apply, shardings.params
         )
@@ -211,8 +220,11 @@ def make_step(
             "entropy": (scores[1] * batch.loss_mask_BC).sum() / jnp.maximum(tokens, 1.0),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(apply, update_norm, 0.0),
+            "update_ratio": jnp.where(apply, update_norm / param_norm, 0.0),
+            "learning_rate": learning_rate,
             "tokens/trained": tokens,
             "update/skipped": 1.0 - apply,
+            "update/nonfinite": 1.0 - finite,
         }
         return state, metrics
 

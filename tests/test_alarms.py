@@ -11,6 +11,7 @@ CALM = {
     "entropy": 2.0,
     "grad_norm": 0.5,
     "reward/unknown": 0.0,
+    "update/nonfinite": 0.0,
 }
 LOUD = [
     ("mismatch_k3", {"mismatch/k3": 0.02}, "mismatch/k3 = 0.02 nats, more than alarm.mismatch_k3"),
@@ -18,6 +19,12 @@ LOUD = [
     ("entropy", {"entropy": 0.19}, "less than alarm.entropy = 0.1 of the first step's 2"),
     ("grad_norm", {"grad_norm": 5.1}, "more than alarm.grad_norm = 10 times its median of 0.5"),
     ("unknown_rewards", {"reward/unknown": 4.0}, "6% of the rewards are unknown"),
+    (
+        "nonfinite_updates",
+        {"update/nonfinite": 1.0, "loss": float("nan"), "grad_norm": float("nan")},
+        "update/nonfinite = 1, more than alarm.nonfinite_updates = 0: updates without effect, the "
+        "step's last with loss = nan and grad_norm = nan",
+    ),
 ]
 
 
@@ -38,6 +45,20 @@ def test_a_line_when_it_begins_and_another_when_it_begins_again(key, change, wor
     assert alarms.heard(CALM | change, 64) == [line]
 
 
+def lines_of_k3(alarms: Alarms, *values: float) -> list[int]:
+    """How many lines each step has, of steps with these mismatch/k3."""
+    return [len(alarms.heard(CALM | {"mismatch/k3": value}, 64)) for value in values]
+
+
+def test_a_mismatch_that_grows_in_three_steps_is_said_before_it_is_large():
+    alarms = after(5, mismatch_growth=2.0)
+    assert lines_of_k3(alarms, 0.0021, 0.0043, 0.0087, 0.0088, 0.0021) == [0, 0, 1, 0, 0]
+    assert lines_of_k3(alarms, 0.0043, float("nan"), 0.0045, 0.0095) == [0, 0, 0, 0]
+    for quiet in ((0.0019, 0.0043, 0.0087), (0.0021, 0.0041, 0.0087), (1e-5, 1e-4, 9e-4)):
+        assert lines_of_k3(after(5, mismatch_growth=2.0), *quiet) == [0, 0, 0]
+    assert lines_of_k3(after(5, mismatch_growth=None), 0.0021, 0.0043, 0.0087) == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("key", "change", "words"), LOUD)
 def test_null_is_never_passed(key, change, words):
     assert after(10, **{key: None}).heard(CALM | change, 64) == []
@@ -50,6 +71,7 @@ def test_below_their_thresholds_all_are_silent():
         "entropy": 0.2,
         "grad_norm": 5.0,
         "reward/unknown": 3.2,
+        "update/nonfinite": 0.0,
     }
     assert after(10).heard(just, 64) == []
 
@@ -62,5 +84,5 @@ def test_several_at_once_and_what_is_not_a_number():
     alarms = after(10)
     assert alarms.heard(dict.fromkeys(CALM, float("nan")), 64) == []
     assert alarms.heard({}, 64) == []
-    loud = CALM | {name: value for _, change, _ in LOUD for name, value in change.items()}
-    assert len(alarms.heard(loud, 64)) == len(LOUD)
+    loud = {name: value for _, change, _ in reversed(LOUD) for name, value in change.items()}
+    assert len(alarms.heard(CALM | loud, 64)) == len(LOUD)

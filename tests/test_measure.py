@@ -9,6 +9,7 @@ from jaxrl import measure
 from jaxrl.config import UpdateSection
 from jaxrl.measure import (
     Clock,
+    describe_advantages,
     describe_lag,
     describe_packing,
     describe_rewards,
@@ -29,34 +30,73 @@ def group(prompt_tokens: int, *completions: tuple[int, str]) -> Group:
 
 
 def test_rewards_are_described_by_the_known_ones():
-    rewards_PG = np.array([[1.0, 0.0, math.nan], [0.5, 0.5, 0.5]], np.float32)
-    weights_PG = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    rewards_PG = np.array(
+        [
+            [1.0, 0.0, math.nan],
+            [0.5, 0.5, 0.5],
+            [1.0, math.nan, 1.0],
+            [0.0, 5e-7, 0.0],
+            [math.nan] * 3,
+        ],
+        np.float32,
+    )
+    weights_PG = np.array([[1.0, 1.0, 0.0], *[[0.0, 0.0, 0.0]] * 4], np.float32)
     found = describe_rewards(rewards_PG, weights_PG)
-    known = [1.0, 0.0, 0.5, 0.5, 0.5]
-    deviation = math.sqrt(sum((r - 0.5) ** 2 for r in known) / 5)
+    known = [1.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 0.0, 5e-7, 0.0]
+    mean = sum(known) / 10
     assert found == pytest.approx(
         {
-            "reward/mean": 0.5,
-            "reward/std": deviation,
-            "reward/unknown": 1.0,
-            "reward/fraction_groups_trained": 0.5,
+            "reward/mean": mean,
+            "reward/std": math.sqrt(sum((r - mean) ** 2 for r in known) / 10),
+            "reward/unknown": 5.0,
+            "reward/fraction_groups_trained": 1 / 5,
+            "reward/fraction_groups_all_lowest": 1 / 4,
+            "reward/fraction_groups_all_full": 1 / 4,
+            "reward/pass_at_k": 2 / 4,
         }
     )
 
 
-def test_no_known_reward_has_no_mean():
+def test_a_step_that_is_all_solved_has_no_lowest_groups():
+    found = describe_rewards(np.ones((3, 2), np.float32), np.zeros((3, 2)))
+    assert found["reward/fraction_groups_all_full"] == 1.0
+    assert found["reward/fraction_groups_all_lowest"] == 0.0
+
+
+def test_no_known_reward_and_nothing_trained_have_no_mean():
     found = describe_rewards(np.full((1, 2), math.nan), np.zeros((1, 2)))
-    assert math.isnan(found["reward/mean"]) and math.isnan(found["reward/std"])
-    assert found["reward/unknown"] == 2.0 and found["reward/fraction_groups_trained"] == 0.0
+    assert found.pop("reward/unknown") == 2.0
+    assert found.pop("reward/fraction_groups_trained") == 0.0
+    found |= describe_advantages(np.zeros((1, 2)), np.zeros((1, 2)))
+    assert len(found) == 9 and all(math.isnan(value) for value in found.values())
+
+
+def test_advantages_are_described_by_those_that_are_trained():
+    advantages_PG = np.array([[1.0, -2.0, 9.0], [0.0, 4.0, -9.0]], np.float32)
+    weights_PG = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], np.float32)
+    assert describe_advantages(advantages_PG, weights_PG) == pytest.approx(
+        {
+            "advantage/mean": 0.75,
+            "advantage/std": math.sqrt(sum((a - 0.75) ** 2 for a in (1, -2, 0, 4)) / 4),
+            "advantage/min": -2.0,
+            "advantage/max": 4.0,
+        }
+    )
 
 
 def test_rollouts_are_described_by_their_lengths_and_ends():
     groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
-    assert describe_rollouts(groups) == {
-        "completion/mean_tokens": 4.0,
-        "completion/max_tokens": 8.0,
-        "completion/truncated": 0.25,
-    }
+    assert describe_rollouts(groups) == pytest.approx(
+        {
+            "prompt/mean_tokens": 15.0,
+            "prompt/max_tokens": 20.0,
+            "completion/mean_tokens": 4.0,
+            "completion/min_tokens": 1.0,
+            "completion/p95_tokens": 4 + 0.85 * (8 - 4),  # the place 0.95 * 3 among 1, 3, 4, 8
+            "completion/max_tokens": 8.0,
+            "completion/truncated": 0.25,
+        }
+    )
 
 
 def test_lag_is_that_of_each_completion_s_oldest_token():

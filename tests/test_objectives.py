@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -241,6 +243,19 @@ class Formula:
             self.seen["cap"].add(chosen > o.correction_cap)
         return min(chosen, o.correction_cap), kept
 
+    def outside(self, logs: list[float]) -> tuple[list[bool], list[bool]]:
+        """Which tokens a mask with bounds finds below, and which above them."""
+        o = self.o
+        checks = [
+            (o.token_mask, [math.exp(x) for x in logs]),
+            (o.sequence_mask, [math.exp(math.fsum(logs))] * len(logs)),
+            (o.geometric_mask, [math.exp(mean(logs))] * len(logs)),
+        ]
+        checks = [(bounds, values) for bounds, values in checks if bounds is not None]
+        low = [any(values[i] < bounds[0] for bounds, values in checks) for i in range(len(logs))]
+        high = [any(values[i] > bounds[1] for bounds, values in checks) for i in range(len(logs))]
+        return low, high
+
     def kl(self, token: Token, new: float) -> float:
         x, held = new - token.reference, token.new - token.reference
         k3 = math.exp(-x) - 1 + x
@@ -276,11 +291,14 @@ class Formula:
 
     def metrics(self, completions: list[list[Token]]) -> dict[str, float]:
         o, columns = self.o, defaultdict(list)
-        geometric = []
+        geometric, products, touched = [], [], []
         for tokens in completions:
             new = [t.new for t in tokens]
             logs = [(t.new if o.proximal == "engine" else t.old) - t.mu for t in tokens]
             geometric.append(math.exp(mean(logs)))
+            products.append(math.exp(math.fsum(logs)))
+            touched.append(any(not self.weight(tokens, i)[1] for i in range(len(tokens))))
+            low, high = self.outside(logs)
             for i, (token, log) in enumerate(zip(tokens, logs, strict=True)):
                 weight, kept = self.weight(tokens, i)
                 row = {
@@ -288,6 +306,9 @@ class Formula:
                     "rho": math.exp(log),
                     "used": weight * kept,
                     "kept": kept,
+                    "low": low[i],
+                    "high": high[i],
+                    "dropped": 0.0 if kept else token.advantage,
                     "stopped": self.policy(tokens, new, i)[1],
                     "up": token.advantage > 0,
                     "log_r": token.new - token.old,
@@ -297,22 +318,38 @@ class Formula:
                 for name, value in row.items():
                     columns[name].append(value)
         c = {name: np.array(values) for name, values in columns.items()}
+        # Of rho = x: half of x log(x / m) + log(1 / m), where m = (x + 1) / 2 is the mixture's.
+        middle = (c["rho"] + 1) / 2
+        js = (c["rho"] * np.log(c["rho"] / middle) - np.log(middle)) / 2
         found = {
             "mismatch/mean_abs_dlogp": np.abs(c["log"]).mean(),
             "mismatch/max_abs_dlogp": np.abs(c["log"]).max(),
             "mismatch/k1": -c["log"].mean(),
             "mismatch/k3": (c["rho"] - 1 - c["log"]).mean(),
+            "mismatch/js": js.mean(),
+            "mismatch/token_mult_prob_error": np.maximum(c["rho"], 1 / c["rho"]).mean(),
+            "mismatch/log_ppl_diff": mean(-math.log(x) for x in geometric),
+            "mismatch/log_ppl_abs_diff": mean(abs(math.log(x)) for x in geometric),
             "mismatch/chi2": (c["rho"] ** 2).mean() - 1,
+            "mismatch/chi2_sequence": mean(x**2 for x in products) - 1,
             "mismatch/ratio_mean": c["rho"].mean(),
             "mismatch/ratio_max": c["rho"].max(),
             "mismatch/geometric_min": min(geometric),
             "mismatch/geometric_max": max(geometric),
             "mismatch/ess": c["rho"].sum() ** 2 / (len(c["rho"]) * (c["rho"] ** 2).sum()),
             "correction/mean": c["used"].mean(),
+            "correction/std": c["used"].std(),
+            "correction/min": c["used"].min(),
             "correction/max": c["used"].max(),
             "correction/ess": c["used"].sum() ** 2 / (len(c["used"]) * (c["used"] ** 2).sum()),
             "correction/capped_fraction": (c["rho"] > o.correction_cap).mean(),
+            "correction/low_fraction": (c["rho"] < 1 / o.correction_cap).mean(),
+            "correction/below_fraction": c["low"].mean(),
+            "correction/above_fraction": c["high"].mean(),
             "correction/masked_fraction": (~c["kept"]).mean(),
+            "correction/masked_completions": mean(touched),
+            "correction/masked_advantage_positive": c["dropped"].clip(min=0).mean(),
+            "correction/masked_advantage_negative": c["dropped"].clip(max=0).mean(),
             "clip_fraction": c["stopped"].mean(),
             "clip/up_fraction": (c["stopped"] & c["up"]).mean(),
             "clip/down_fraction": (c["stopped"] & ~c["up"]).mean(),
@@ -474,16 +511,68 @@ def test_parts_of_a_batch_add_up_to_the_whole(option):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_sharding_the_batch_changes_neither_loss_nor_gradient():
+@pytest.mark.parametrize("option", ["gspo", "kl_corrected", "engine_weighted"])
+def test_sharding_the_batch_changes_nothing(option):
     case = random_case(0)
     rows = NamedSharding(jax.make_mesh((8,), ("rows",)), P("rows"))
     put = jax.tree.map(lambda x: jax.device_put(x, rows), case)
-    run = run_of("gspo")
-    (expected, _), gradients = run(*case)
-    (loss, _), sharded = run(*put)
-    assert len(sharded[0].sharding.device_set) == 8
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(sharded[0], gradients[0], rtol=1e-5, atol=1e-8)
+    expected = run_of(option)(*case)
+    sharded = run_of(option)(*put)
+    assert len(sharded[1][0].sharding.device_set) == 8
+    assert_same(sharded, expected)
+
+
+def assert_same(found, expected):
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-6), found, expected
+    )
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch go: the same completions, somewhere else."""
+
+    rows_B: list[int]
+    orders: list[list[int]]  # of the completions of each row
+    starts: list[int]  # slots of padding before them
+    ids: list[int]  # that completions have instead of 1, 2, ...
+
+
+@st.composite
+def places(draw) -> Places:
+    return Places(
+        draw(st.permutations(range(B))),
+        [draw(st.permutations(range(1, len(lengths) + 1))) for lengths in ROWS],
+        [draw(st.integers(0, C - sum(lengths))) for lengths in ROWS],
+        draw(st.permutations(range(1, C + 1))),
+    )
+
+
+def moved(case: Case, to: Places) -> tuple[Case, tuple[np.ndarray, np.ndarray]]:
+    """The case, and of each of its slots the one that it came from, as an index [B, C]."""
+    from_BC = np.empty((B, C), int)
+    for b, source in enumerate(to.rows_B):
+        ids_C = case.batch.completion_BC[source]
+        kept = [np.flatnonzero(ids_C == i) for i in to.orders[source]]
+        padding = np.flatnonzero(ids_C == 0)
+        start = to.starts[source]
+        from_BC[b] = np.concatenate([padding[:start], *kept, padding[start:]])
+    index = np.array(to.rows_B)[:, None], from_BC
+    there = jax.tree.map(lambda x: x[index] if x.shape == (B, C) else x, case)
+    renamed_BC = np.array([0, *to.ids], np.int32)[there.batch.completion_BC]
+    return there._replace(batch=there.batch._replace(completion_BC=renamed_BC)), index
+
+
+@EACH
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(to=places())
+def test_where_a_completion_stands_changes_nothing(option, to):
+    case = random_case(1)
+    there, index = moved(case, to)
+    expected, gradients = run_of(option)(*case)
+    found, moved_gradients = run_of(option)(*there)
+    assert_same(found, expected)
+    for gradient, original in zip(moved_gradients, gradients, strict=True):
+        np.testing.assert_allclose(gradient, original[index], rtol=1e-5, atol=1e-7)
 
 
 # --- shares ---
@@ -541,7 +630,7 @@ def test_how_completions_are_packed_changes_nothing(loss, aggregation):
     groups = [group(p) for p in range(5)]
     advantages_PG, weights_PG = rng.normal(size=(5, 4)), (rng.random((5, 4)) < 0.7) * 1.0
     section = AlgorithmSection(loss=loss, clip_low=0.1, clip_high=0.1, aggregation=aggregation)
-    objective, shares = make_objective(section), make_shares(aggregation, 1)
+    objective, shares = jax.jit(make_objective(section)), make_shares(aggregation, 1)
 
     def total(order_P, order_G, c):
         shuffled = [

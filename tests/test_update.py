@@ -151,17 +151,24 @@ class TorchUpdate:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.max_grad_norm)
         before = [p.detach().clone() for p in self.model.parameters()]
+        learning_rate = self.adamw.param_groups[0]["lr"]
         self.adamw.step()
         self.warmup.step()
         moved = [p.detach() - b for p, b in zip(self.model.parameters(), before, strict=True)]
         capped_N = (rho_N > ALGORITHM.correction_cap) * mask_N
+        update_norm, param_norm = (
+            torch.sqrt(sum((x**2).sum() for x in tensors)).item() for tensors in (moved, before)
+        )
         return {
             "loss": loss.item(),
             "grad_norm": norm.item(),
-            "update_norm": torch.sqrt(sum((m**2).sum() for m in moved)).item(),
+            "update_norm": update_norm,
+            "update_ratio": update_norm / param_norm,
+            "learning_rate": learning_rate,
             "entropy": ((entropy_N * mask_N).sum() / mask_N.sum()).item(),
             "tokens/trained": mask_N.sum().item(),
             "update/skipped": 0.0,
+            "update/nonfinite": 0.0,
             "correction/capped_fraction": (capped_N.sum() / mask_N.sum()).item(),
             "ratio/mean": 1.0,
         }
@@ -382,7 +389,8 @@ def test_several_updates_of_a_batch_measure_from_the_policy_that_it_arrived_at(b
 
     update, state = learner.learner(updates_per_batch=3)
     state, metrics = update(state, spoil(batch, np.nan))
-    assert metrics["update/skipped"] == 3 and int(state.skipped_in_a_row) == 3
+    assert metrics["update/skipped"] == metrics["update/nonfinite"] == 3
+    assert int(state.skipped_in_a_row) == 3
 
 
 def test_neither_rows_nor_micro_batches_nor_the_mesh_change_what_is_learned(sampled):
@@ -644,7 +652,8 @@ def test_a_non_finite_update_changes_nothing_and_is_counted(value, learner, para
         assert_bitwise(host(state.params), before.params)
         assert_bitwise(host(state.opt_state), before.opt_state)
         assert int(state.skipped_in_a_row) == count and int(state.step) == 1 + count
-        assert metrics["update/skipped"] == 1.0 and metrics["update_norm"] == 0.0
+        assert metrics["update/skipped"] == metrics["update/nonfinite"] == 1.0
+        assert metrics["update_norm"] == metrics["update_ratio"] == 0.0
         assert not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"])
     state, metrics = learner.update(state, batches[1])
     assert int(state.skipped_in_a_row) == 0 and metrics["update/skipped"] == 0.0
@@ -671,7 +680,8 @@ def test_a_batch_with_nothing_to_train_changes_nothing_and_is_not_a_failure(
     assert_bitwise(host(state.params), before.params)  # weight decay, too, was left out
     assert_bitwise(host(state.opt_state), before.opt_state)
     assert int(state.skipped_in_a_row) == 0 and int(state.step) == 2
-    assert metrics["update/skipped"] == 1.0 and metrics["loss"] == 0.0
+    assert metrics["update/skipped"] == 1.0 and metrics["update/nonfinite"] == 0.0
+    assert metrics["loss"] == 0.0
     assert all(np.isfinite(value) for value in metrics.values()), metrics
 
 

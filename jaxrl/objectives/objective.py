@@ -36,12 +36,8 @@ def make_objective(c: AlgorithmSection | SftSection) -> Objective:
 
     With `kl_corrected` the KL term is that of tokens drawn from pi: KL times w r.
 
-    Metrics, all over trained tokens: those of `correct`, and
-      `clip_fraction`: tokens that the policy loss gives no gradient though they have an advantage;
-      `clip/up_fraction`, `clip/down_fraction`: of them those with A > 0, and with A < 0;
-      `ratio/mean`, `ratio/min`, `ratio/max`: of r;
-      `kl/proximal`: k3 estimate of KL(pi_old || pi), nats per token;
-      `kl/reference`, with a reference: `kl_estimator` of KL(pi || reference), nats per token.
+    Metrics, all over trained tokens, are those of `correct` and `describe`, and `kl/reference`
+    where there is one; docs/metrics.md has their formulas.
 
     Raises:
       UserError: see `make_loss`.

@@ -69,6 +69,11 @@ class Tokens(NamedTuple):
         count_BC = self.sum_of_completion(jnp.ones_like(x_BC))
         return self.sum_of_completion(x_BC) / jnp.maximum(count_BC, 1.0)
 
+    def mean_over_completions(self, x_BC: jax.Array) -> jax.Array:
+        """As `mean`, with every completion counted once; all tokens of one have the same x."""
+        part_BC = self.only(1.0 / jnp.maximum(self.sum_of_completion(jnp.ones_like(x_BC)), 1.0))
+        return (part_BC * self.only(x_BC)).sum() / jnp.maximum(part_BC.sum(), 1.0)
+
 
 def gather(scores: Scores, batch: TrainBatch, anchors: Anchors, proximal: str) -> Tokens:
     """With pi_old as `algorithm.proximal` has it: the trainer's policy, or the engine's."""
