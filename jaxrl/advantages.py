@@ -24,18 +24,33 @@ class Advantages(NamedTuple):
 
 
 def estimate_advantages(
-    rewards_PG: np.ndarray, tokens_PG: np.ndarray, c: AlgorithmSection
+    rewards_PG: np.ndarray,
+    tokens_PG: np.ndarray,
+    c: AlgorithmSection,
+    *,
+    parts_PGR: np.ndarray | None = None,
+    parts_weights_R: np.ndarray | None = None,
+    lengths_PG: np.ndarray | None = None,
+    truncated_PG: np.ndarray | None = None,
 ) -> Advantages:
     """How much better each completion is than was to be expected, by `algorithm.advantage`.
 
     A reward that is not finite means "unknown" (the verifier failed): that completion leaves the
-    group, all statistics and the loss. A group with fewer than two known rewards has nothing to
-    compare and leaves them as well. A group whose known rewards are equal (within 1e-6) has
-    exactly equal ones for the estimator; with `mask_equal_rewards` it leaves like an unknown.
+    group, all statistics and the loss. So does one whose length is outside `length_bounds`. A group
+    with fewer than two known rewards has nothing to compare and leaves them as well. A group whose
+    known rewards are equal (within 1e-6), for `gdpo` in each part that has a weight, has exactly
+    equal ones for the estimator; with `mask_equal_rewards` it leaves like an unknown. With
+    `mask_truncated` truncated completions leave the loss, and nothing else.
 
     Args:
       rewards_PG: float32 [P, G], NaN where unknown.
       tokens_PG: int [P, G], how many tokens of each completion can be trained on.
+      parts_PGR: float32 [P, G, R], what `rewards_PG` is the weighted sum of; `gdpo` alone looks at
+        them. None: a reward is its only part.
+      parts_weights_R: float [R], their weights.
+      lengths_PG: int [P, G], sampled tokens; for `length_bounds`. None: `tokens_PG`.
+      truncated_PG: bool [P, G], which completions ended at their length limit; for
+        `mask_truncated`. None: none did.
 
     Returns:
       float32 advantages and weights, both [P, G].
@@ -45,29 +60,46 @@ def estimate_advantages(
         than [P, G].
     """
     known_PG = np.isfinite(rewards_PG)
-    rewards_PG = np.where(known_PG, rewards_PG, 0.0).astype(np.float64)
+    if c.length_bounds is not None:
+        lengths_PG = tokens_PG if lengths_PG is None else lengths_PG
+        fewest, most = c.length_bounds
+        known_PG &= (fewest <= lengths_PG) & (lengths_PG <= most)
+    if c.advantage != "gdpo" or parts_PGR is None or parts_weights_R is None:
+        parts_PGR, parts_weights_R = rewards_PG[:, :, None], np.ones(1)
+
+    known_PG1 = known_PG[:, :, None]
+    parts_PGR = np.where(known_PG1, parts_PGR, 0.0).astype(np.float64)
     # Of the rewards themselves: the mean of equal floats may differ from each of them.
-    highest_P1 = np.where(known_PG, rewards_PG, -np.inf).max(axis=1, keepdims=True)
-    lowest_P1 = np.where(known_PG, rewards_PG, np.inf).min(axis=1, keepdims=True)
-    equal_P1 = highest_P1 - lowest_P1 <= EQUAL
+    highest_P1R = np.where(known_PG1, parts_PGR, -np.inf).max(axis=1, keepdims=True)
+    lowest_P1R = np.where(known_PG1, parts_PGR, np.inf).min(axis=1, keepdims=True)
+    equal_P1R = highest_P1R - lowest_P1R <= EQUAL
     trained_PG = known_PG & (known_PG.sum(axis=1, keepdims=True) >= 2)
     if c.mask_equal_rewards:
-        trained_PG &= ~equal_P1
+        trained_PG &= ~(equal_P1R | (parts_weights_R == 0)).all(axis=2)
 
-    rewards_PG = np.where(trained_PG, np.where(equal_P1, lowest_P1, rewards_PG), np.nan)
+    parts_PGR = np.where(equal_P1R, lowest_P1R, parts_PGR)
+    parts_PGR = np.where(trained_PG[:, :, None], parts_PGR, np.nan)
     tokens_PG = np.where(trained_PG, tokens_PG, 0)
-    advantages_PG = _estimate(c.advantage, rewards_PG, tokens_PG)
+    advantages_PG = _estimate(c.advantage, parts_PGR, parts_weights_R, tokens_PG)
     trained_PG &= np.isfinite(advantages_PG)
+    if c.mask_truncated and truncated_PG is not None:
+        trained_PG &= ~truncated_PG
     advantages_PG = np.where(trained_PG, advantages_PG, 0.0)
     return Advantages(advantages_PG.astype(np.float32), trained_PG.astype(np.float32))
 
 
 # An estimator is a function of rewards [P, G], float64 and NaN for completions that are left out,
 # and of the tokens that each trains, 0 for those. Completions with NaN in its result leave as well.
+# gdpo alone is one of several rewards.
 Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _estimate(name: str, rewards_PG: np.ndarray, tokens_PG: np.ndarray) -> np.ndarray:
+def _estimate(
+    name: str, parts_PGR: np.ndarray, weights_R: np.ndarray, tokens_PG: np.ndarray
+) -> np.ndarray:
+    if name == "gdpo":
+        return gdpo(parts_PGR, weights_R)
+    rewards_PG = parts_PGR[:, :, 0]
     if not is_custom(name):
         return OWN[name](rewards_PG, tokens_PG)
     advantages_PG = np.asarray(load("advantage", name)(rewards_PG, tokens_PG))
@@ -110,11 +142,26 @@ def reinforce_pp_baseline(rewards_PG: np.ndarray, tokens_PG: np.ndarray) -> np.n
 
 
 def batch_std(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """(R - mean of the group) / (std of all rewards + eps); ddof 1.
-
-    LitePPO, arXiv:2508.08221; ScaleRL, arXiv:2510.13786.
-    """
+    """(R - mean of the group) / (std of all rewards + eps); ddof 1. LitePPO, arXiv:2508.08221."""
     return _centered(rewards_PG) / (_deviation(rewards_PG, axis=None) + EPS)
+
+
+def scalerl(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """A = R - mean of the group, over (std of all A + eps); ddof 1. Unlike `batch_std` it does not
+    see how far apart the means of groups are. Khatri et al. 2025, arXiv:2510.13786, section 4."""
+    centered_PG = _centered(rewards_PG)
+    return centered_PG / (_deviation(centered_PG, axis=None) + EPS)
+
+
+def gdpo(parts_PGR: np.ndarray, weights_R: np.ndarray) -> np.ndarray:
+    """A = weighted sum of (R - mean of the group) / (std of the group + eps) of each reward, over
+    (std of all A + eps); ddof 1. Liu et al. 2026, arXiv:2601.05242.
+
+    The paper subtracts the mean of all A too. It is that of the groups, which is 0.
+    """
+    normalized_PGR = _centered(parts_PGR) / (_deviation(parts_PGR, axis=1) + EPS)
+    sum_PG = (normalized_PGR * weights_R).sum(axis=2)
+    return sum_PG / (_deviation(sum_PG, axis=None) + EPS)
 
 
 def maxrl(rewards_PG: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -144,6 +191,7 @@ OWN: dict[str, Estimator] = {
         reinforce_pp,
         reinforce_pp_baseline,
         batch_std,
+        scalerl,
         maxrl,
         pass_at_k,
     )

@@ -20,6 +20,8 @@ def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
 
 
+OWN_FUNCTION = r"^\w+(\.\w+)*:\w+$"  # MODULE:FUNCTION
+
 EngineDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -125,15 +127,43 @@ class SftDataSection(DataSection):
     answer_keys: ClassVar[tuple[str, ...]] = ("completion", "answer")
 
 
+class FurtherReward(Section):
+    """One of `reward.also`."""
+
+    weight: float = 1.0
+    matches: str | None = None  # a regular expression
+    function: Annotated[str, Field(pattern=OWN_FUNCTION)] | None = None
+
+
+RewardName = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+
+
 class RewardSection(Section):
     kind: Literal["task", "exact"] = knob(
         "task",
-        "task: the scorer of the reasoning_gym dataset; exact: 1 if the answer is the reference",
+        "the main reward, which evaluation looks at alone. task: the scorer of the reasoning_gym "
+        "dataset; exact: 1 if the answer is the reference",
     )
+    weight: float = knob(1.0, "of the main reward in the sum of all")
     answer_pattern: str | None = knob(
         None,
         "regular expression whose last match in a completion is its answer (group 1 if it has "
         "one); default: the whole completion, stripped",
+    )
+    also: dict[RewardName, FurtherReward] = knob(
+        {},
+        "further rewards, {NAME: {weight: 1.0, matches: REGEX}}, 1 where the regular expression is "
+        "found in the completion and else 0, or {NAME: {weight: 1.0, function: MODULE:FUNCTION}}, "
+        "called with the prompt, the completion and the task",
+    )
+    overlong_tokens: int | None = knob(
+        None,
+        "before rollout.max_new_tokens, over which a penalty grows; default: none does",
+        unit="tokens",
+        ge=1,
+    )
+    overlong_penalty: float = knob(
+        1.0, "taken from the reward of a completion of rollout.max_new_tokens", ge=0.0
     )
 
 
@@ -275,7 +305,7 @@ def _known(names: Collection[str], or_own: bool = True) -> AfterValidator:
     listed = ", ".join(names) + (" or MODULE:FUNCTION of your own" if or_own else "")
 
     def check(name: str) -> str:
-        own = or_own and re.fullmatch(r"\w+(\.\w+)*:\w+", name)
+        own = or_own and re.fullmatch(OWN_FUNCTION, name)
         if name not in names and not own:
             raise PydanticCustomError("name", "{listed}", {"listed": listed})
         return name
@@ -284,6 +314,7 @@ def _known(names: Collection[str], or_own: bool = True) -> AfterValidator:
 
 
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Lengths = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 class AlgorithmSection(Section):
@@ -303,6 +334,16 @@ class AlgorithmSection(Section):
         True,
         "groups whose rewards are all equal leave the loss, its denominators and the statistics of "
         "a batch; reinforce_pp has false as default",
+    )
+    mask_truncated: bool = knob(
+        False,
+        "completions that ended at rollout.max_new_tokens leave the loss and its denominators, but "
+        "not the statistics that others are compared with",
+    )
+    length_bounds: Lengths | None = knob(
+        None,
+        "fewest and most tokens of a completion; another is as one of unknown reward",
+        unit="tokens",
     )
     loss: Annotated[str, _known(LOSSES)] = knob(
         "ppo_clip",
@@ -832,6 +873,7 @@ def contradictions(c: Config | SftConfig) -> list[str]:
         )
     if isinstance(c, Config):
         found += _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
+        found += _contradictions_of_rewards(c)
         return found + _contradictions_of_algorithm(c.algorithm)
     if "{completion}" not in c.data.completion_template:
         found.append("data.completion_template must contain {completion}, where the row's goes")
@@ -894,6 +936,34 @@ def _contradictions_of_rollouts(c: Config) -> list[str]:
     if c.vllm.min_engines > c.vllm.max_engines:
         found.append(
             f"vllm.engines: min = {c.vllm.min_engines} is more than max = {c.vllm.max_engines}"
+        )
+    return found
+
+
+def _contradictions_of_rewards(c: Config) -> list[str]:
+    found = []
+    for name, reward in c.reward.also.items():
+        if (reward.matches is None) == (reward.function is None):
+            found.append(
+                f"reward.also.{name}: expected one of matches, a regular expression, and function, "
+                "MODULE:FUNCTION"
+            )
+    if c.reward.kind in c.reward.also:
+        found.append(
+            f"reward.also.{c.reward.kind} has the name of reward.kind; give it another, so "
+            "that their metrics can be told apart"
+        )
+    buffer, limit = c.reward.overlong_tokens, c.rollout.max_new_tokens
+    if buffer is not None and buffer >= limit:
+        found.append(
+            f"reward.overlong_tokens = {buffer} is no part of rollout.max_new_tokens = {limit}: "
+            f"every completion would be too long; make it at most {limit - 1}"
+        )
+    bounds = c.algorithm.length_bounds
+    if bounds is not None and not bounds[0] <= min(bounds[1], limit):
+        found.append(
+            f"algorithm.length_bounds = {bounds}: expected [fewest, most] tokens of a completion, "
+            f"the fewest at most rollout.max_new_tokens = {limit}"
         )
     return found
 

@@ -29,13 +29,16 @@ class Clock:
         return laps | {"time/step_s": time.perf_counter() - self._start}
 
 
-def describe_rewards(rewards_PG: np.ndarray, weights_PG: np.ndarray) -> dict[str, float]:
-    """Fractions of groups, but that of trained ones, are of those with a known reward."""
-    known_PG = np.isfinite(rewards_PG)
-    known = rewards_PG[known_PG]
-    lowest_P = np.where(known_PG, rewards_PG, np.inf).min(axis=1)[known_PG.any(axis=1)]
-    highest_P = np.where(known_PG, rewards_PG, -np.inf).max(axis=1)[known_PG.any(axis=1)]
-    worst_P = (highest_P <= known.min(initial=np.inf) + _SAME) & (highest_P < _FULL)
+def describe_rewards(
+    rewards_PG: np.ndarray, weights_PG: np.ndarray, main_PG: np.ndarray | None = None
+) -> dict[str, float]:
+    """Fractions of groups, but that of trained ones, are of those with a known reward, and look at
+    the main one of several alone: `main_PG`."""
+    main_PG = rewards_PG if main_PG is None else main_PG
+    known, known_PG = rewards_PG[np.isfinite(rewards_PG)], np.isfinite(main_PG)
+    lowest_P = np.where(known_PG, main_PG, np.inf).min(axis=1)[known_PG.any(axis=1)]
+    highest_P = np.where(known_PG, main_PG, -np.inf).max(axis=1)[known_PG.any(axis=1)]
+    worst_P = (highest_P <= lowest_P.min(initial=np.inf) + _SAME) & (highest_P < _FULL)
     return {
         "reward/mean": _mean(known),
         "reward/std": float(known.std()) if known.size else math.nan,

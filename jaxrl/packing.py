@@ -4,7 +4,7 @@ What is packed are units: a copy of a prompt and the completions behind it. Comp
 share a copy as far as a row has room for them; each has one of its own if they do not share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,10 +94,17 @@ def pack(
 
 def usable_tokens(groups: Sequence[Group], group_size: int) -> np.ndarray:
     """How many tokens of each completion can be trained on: int [P, group_size]."""
-    tokens_PG = np.zeros((len(groups), group_size), int)
-    for tokens_G, group in zip(tokens_PG, groups, strict=True):
-        tokens_G[: len(group.rollouts)] = [np.isfinite(r.logprobs).sum() for r in group.rollouts]
-    return tokens_PG
+    return of_each(groups, group_size, lambda rollout: np.isfinite(rollout.logprobs).sum())
+
+
+def of_each(
+    groups: Sequence[Group], group_size: int, count: Callable[[Rollout], int]
+) -> np.ndarray:
+    """What `count` says of each completion, 0 of those that a group lacks: int [P, group_size]."""
+    counts_PG = np.zeros((len(groups), group_size), int)
+    for counts_G, group in zip(counts_PG, groups, strict=True):
+        counts_G[: len(group.rollouts)] = [count(rollout) for rollout in group.rollouts]
+    return counts_PG
 
 
 def row_lengths(groups: Sequence[Group], c: UpdateSection) -> list[int]:

@@ -16,7 +16,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from jaxrl.config import Config, EngineDtype, RunConfig, Section, SftConfig, contradictions
+from jaxrl.config import (
+    Config,
+    EngineDtype,
+    FurtherReward,
+    RunConfig,
+    Section,
+    SftConfig,
+    contradictions,
+)
 from jaxrl.types import UserError
 
 C = TypeVar("C", Config, SftConfig)
@@ -254,8 +262,11 @@ def _apply(tree: dict[str, Any], key: str, text: str, problems: list[str], kind:
 def _read_value(key: str, text: str, kind: Kind) -> Any:
     """Text of the command line as YAML, but verbatim where the key holds text: a prompt template
     such as `{prompt}` or `Question: {prompt}` would be a mapping in YAML."""
-    known = dict(keys(kind))
-    annotation = known[key].annotation if key in known else None
+    if key.startswith("reward.also."):
+        field = FurtherReward.model_fields.get(key.rpartition(".")[2])
+    else:
+        field = dict(keys(kind)).get(key)
+    annotation = field.annotation if field else None
     if annotation is str or (annotation == (str | None) and text != "null"):
         return text
     try:
@@ -326,4 +337,6 @@ def _known(location: list[str], kind: Kind) -> list[str]:
     """The keys that may stand beside `location`."""
     if len(location) == 1:
         return list(kind.model_fields)
+    if location[:2] == ["reward", "also"]:
+        return list(FurtherReward.model_fields)
     return [key.split(".")[1] for key, _ in keys(kind) if key.split(".")[0] == location[0]]

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
 
     from bridge.engines.http import ServerSettings
     from bridge.fleet import Fleet
+    from jaxrl.advantages import Advantages
     from jaxrl.collect import Collector, Engines, Publish
     from jaxrl.data import PromptStream
     from jaxrl.hosts import Hosts
@@ -104,11 +105,11 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     import jax
 
     from bridge.transaction import begun
-    from jaxrl.advantages import estimate_advantages
     from jaxrl.alarms import Alarms
     from jaxrl.collect import Collector
     from jaxrl.objectives.aggregation import make_shares
-    from jaxrl.packing import pack, usable_tokens
+    from jaxrl.packing import pack
+    from jaxrl.rewards import total
 
     c = parts.config
     continuous = c.rollout.mode == "continuous"
@@ -135,11 +136,10 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
                 parts.save(step - 1, state, version, ledger.saved())
             raise
         clock.lap("rollout")
-        texts_PG, rewards_PG = judge(parts, groups, sampling.n)
+        texts_PG, rewards_PGR = judge(parts, groups, sampling.n)
+        rewards_PG = total(rewards_PGR, parts.reward.weights)
         clock.lap("reward")
-        advantages_PG, weights_PG = estimate_advantages(
-            rewards_PG, usable_tokens(groups, sampling.n), c.algorithm
-        )
+        (advantages_PG, weights_PG), reward_metrics = estimate(parts, groups, rewards_PGR)
         shards = c.mesh.row_shards
         batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost, aggregate)
         state, update_metrics = parts.update(state, batch)
@@ -183,8 +183,9 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         # The engines sample.
         refuse_to_go_on_skipping(c, state, step)
         metrics |= {name: float(value) for name, value in update_metrics.items()}
-        metrics |= describe_rewards(rewards_PG, weights_PG)
+        metrics |= describe_rewards(rewards_PG, weights_PG, rewards_PGR[:, :, 0])
         metrics |= describe_advantages(advantages_PG, weights_PG)
+        metrics |= reward_metrics
         metrics |= describe_rollouts(groups)
         metrics |= describe_packing(groups, batch)
         metrics |= describe_publish(report)
@@ -208,7 +209,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
 
 
 def judge(parts: Parts, groups: list[Group], group_size: int) -> tuple[list[list[str]], np.ndarray]:
-    """The completions as text, and their rewards: float32 [P, G], NaN where unknown."""
+    """The completions as text, and their rewards: float32 [P, G, R], NaN where unknown."""
     from jaxrl.rewards import score
 
     texts_PG = [
@@ -219,8 +220,31 @@ def judge(parts: Parts, groups: list[Group], group_size: int) -> tuple[list[list
     return texts_PG, score(parts.reward, prompts, texts_PG, group_size)
 
 
+def estimate(
+    parts: Parts, groups: list[Group], rewards_PGR: np.ndarray
+) -> tuple[Advantages, dict[str, float]]:
+    """The advantages of what was judged, its length considered; and metrics of each reward."""
+    from jaxrl.advantages import estimate_advantages
+    from jaxrl.packing import of_each, usable_tokens
+    from jaxrl.rewards import describe_each, total, with_overlong
+
+    c, n = parts.config, rewards_PGR.shape[1]
+    lengths_PG = of_each(groups, n, lambda rollout: len(rollout.tokens))
+    shaped_PGR, weights_R = with_overlong(rewards_PGR, parts.reward.weights, lengths_PG, c)
+    advantages = estimate_advantages(
+        total(shaped_PGR, weights_R),
+        usable_tokens(groups, n),
+        c.algorithm,
+        parts_PGR=shaped_PGR,
+        parts_weights_R=weights_R,
+        lengths_PG=lengths_PG,
+        truncated_PG=of_each(groups, n, lambda rollout: rollout.finish_reason == "length") > 0,
+    )
+    return advantages, describe_each(parts.reward.names, shaped_PGR, weights_R)
+
+
 def evaluate(parts: Parts, collector: Collector) -> float:
-    """Share of held-out prompts whose completion gets the full reward of 1."""
+    """Share of held-out prompts whose completion gets the full reward of 1, the main one alone."""
     from jaxrl.collect import requests_for
 
     if not parts.held_out:
@@ -235,8 +259,8 @@ def evaluate(parts: Parts, collector: Collector) -> float:
         top_k=c.eval.top_k,
     )
     groups = collector.ask(requests_for(c.run.seed, parts.held_out, sampling))
-    _, rewards_P1 = judge(parts, groups, 1)
-    return float(np.mean(rewards_P1 >= 1.0 - 1e-6))
+    _, rewards_P1R = judge(parts, groups, 1)
+    return float(np.mean(rewards_P1R[:, :, 0] >= 1.0 - 1e-6))
 
 
 def train(command: Command[Config], hosts: Hosts) -> int:

@@ -8,6 +8,7 @@ Axis letters, used as name suffixes everywhere (`logprobs_BT` has shape [B, T]):
     P  prompts in one step            T  tokens of a row, padding included
     G  completions of one prompt      C  sampled tokens of a row, padding included
     B  rows of a batch                V  vocabulary        D  hidden size      L  layers
+    R  rewards of one completion
 
 A row holds prompts and the completions behind them, end to end (`TrainBatch`). What the model
 computes has axis T, what is trained on has axis C: every [B, C] array describes one sampled token,

@@ -20,7 +20,7 @@ PAPERS = {
     "sapo": "grpo sapo 0.2 0.28 sequence_mean_token_mean trainer token_tis",
     "dppo": "grpo dppo 0.2 0.2 token_mean engine none",
     "liteppo": "batch_std ppo_clip 0.2 0.2 token_mean trainer token_tis",
-    "scalerl": "batch_std cispo 0.2 0.28 prompt_mean engine none",
+    "scalerl": "scalerl cispo 0.2 0.28 prompt_mean engine none",
     "maxrl": "maxrl ppo_clip 0.2 0.28 token_mean trainer token_tis",
 }
 

@@ -124,6 +124,15 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
         ({"data__task": None}, ["needs data.task"]),
         ({"data__source": "jsonl", "reward__kind": "exact"}, ["needs data.path"]),
         ({"data__source": "jsonl", "data__path": "x"}, ["reward.kind: exact"]),
+        ({"reward__also": {"a": {}}}, ["reward.also.a: expected one of matches", "function"]),
+        (
+            {"reward__also": {"a": {"matches": "x", "function": "m:f"}}},
+            ["reward.also.a: expected one of matches"],
+        ),
+        ({"reward__also": {"task": {"matches": "x"}}}, ["reward.also.task has the name"]),
+        ({"reward__overlong_tokens": 512}, ["rollout.max_new_tokens = 512", "at most 511"]),
+        ({"algorithm__length_bounds": [9, 8]}, ["algorithm.length_bounds = [9, 8]"]),
+        ({"algorithm__length_bounds": [513, 600]}, ["at most rollout.max_new_tokens = 512"]),
         (
             {"optimizer__first_moment_dtype": "bfloat16", "optimizer__beta1": 0.999},
             ["optimizer.beta1 = 0.999", "make it 0.996 or less"],
@@ -224,6 +233,32 @@ def test_an_engine_dtype_that_is_neither_one_nor_a_list_of_some_is_one_problem(t
 def test_a_task_argument_of_no_known_type_is_one_problem(tmp_path):
     (line,) = problems(tmp_path, tree(data__task_args={"a": {"b": 1}}))
     assert line.startswith("data.task_args.a: expected a number, text, true, false")
+
+
+@pytest.mark.parametrize(
+    ("further", "problem"),
+    [
+        (
+            {"a": {"match": "x"}},
+            "reward.also.a.match: unknown key; did you mean 'reward.also.a.matches'?",
+        ),
+        ({"a": {"function": "len"}}, "reward.also.a.function = 'len': expected text matching"),
+        ({"a": {"matches": 1}}, "reward.also.a.matches = 1: expected string"),
+        ({"a/b": {"matches": "x"}}, "reward.also.a/b"),
+        ({"a": "x"}, "reward.also.a: expected a section with keys, found 'x'"),
+    ],
+)
+def test_a_further_reward_that_is_none_is_named_with_its_key(tmp_path, further, problem):
+    (line,) = problems(tmp_path, tree(reward__also=further))
+    assert line.startswith(problem), line
+
+
+def test_further_rewards_are_written_on_the_command_line_too(tmp_path):
+    given = ("--reward.also.form.matches", "[0-9]", "--reward.also.form.weight=2")
+    config = command(tmp_path, *given).config
+    (further,) = config.reward.also.values()
+    assert (further.matches, further.weight, further.function) == ("[0-9]", 2.0, None)
+    assert load_tree(tmp_path, to_yaml(config)) == config
 
 
 @pytest.mark.parametrize("value", [-1, "two", {"min": 1}, {"min": 0, "max": 2}, {"least": 1}])

@@ -1,5 +1,6 @@
 """What the loop does in which order, with stand-ins that write down when they are used."""
 
+import itertools
 import json
 import random
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from jaxrl.config import Config
 from jaxrl.ledger import Ledger, replay
+from jaxrl.rewards import Reward
 from jaxrl.train import Parts, run
 from jaxrl.types import EnginesGone, Group, Prompt, PublishReport, Rollout, RunError, Sampling
 
@@ -41,6 +43,9 @@ class Run:
         self.held: list | None = None
         self.held_out: list[Prompt] = []
         self.logged: list[dict] = []
+        # The second is not the main reward, which evaluation looks at alone.
+        judges = (lambda prompt, _: float(prompt.id % 2), lambda *_: 1.0)
+        self.reward = Reward(("odd", "one"), np.array([1.0, 1.0]), judges)
 
     # the stream
 
@@ -117,6 +122,7 @@ class Run:
         save_every: int = 1,
         resume: dict | None = None,
         evaluate: dict | None = None,
+        sections: dict | None = None,
         **rollout,
     ) -> list[tuple]:
         config = Config.model_validate(
@@ -128,6 +134,7 @@ class Run:
                 "optimizer": {"max_skipped_updates": 2},
                 "eval": {"every_steps": 0} | (evaluate or {}),
                 "checkpoint": {"every_steps": save_every},
+                **(sections or {}),
             }
         )
         resume = resume or {"step": 0, "version": 0, "ledger": None}
@@ -139,7 +146,7 @@ class Run:
             stream=self,
             held_out=self.held_out,
             tokenizer=SimpleNamespace(decode=str),
-            reward=lambda prompt, text: float(prompt.id % 2),
+            reward=self.reward,
             engines=self,
             publish=lambda params, version: self.published(params, version),
             next_version=self.next_version,
@@ -167,6 +174,8 @@ def test_a_step_is_reported_and_saved_while_the_engines_sample_the_next(tmp_path
     for step, metrics in enumerate(stand_ins.logged[1:], 1):
         assert (metrics["data/cursor"], metrics["lag/max"]) == (step * PROMPTS, 0)
         assert metrics["ledger/trained"] == step * PROMPTS * GROUP and metrics["fleet/ready"] == 1
+        odd = sum(i % 2 for i in range((step - 1) * PROMPTS, step * PROMPTS))
+        assert metrics["reward/pass_at_k"] == pytest.approx(odd / PROMPTS)
 
 
 def test_a_signal_while_the_engines_sample_lets_that_step_end(tmp_path):
@@ -201,6 +210,46 @@ def test_completions_left_behind_are_unknown_to_their_group_and_dropped_in_the_l
     stand_ins.go(tmp_path, straggler_s=1.0)
     assert [metrics["reward/unknown"] for metrics in stand_ins.logged[1:]] == [0, 1, 0, 0]
     assert stand_ins.logged[-1]["ledger/dropped_straggler"] == 1
+
+
+def as_they_are(rewards_PG, tokens_PG):
+    return rewards_PG
+
+
+AS_THEY_ARE = {"advantage": f"{__name__}:as_they_are"}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reward", "advantages"),
+    [
+        (AS_THEY_ARE, {}, [0.5, 1.0, 1.5]),
+        (AS_THEY_ARE, {"overlong_tokens": 1, "overlong_penalty": 3.0}, [-2.5, -2.0, -1.5]),
+        ({"mask_truncated": True}, {}, []),  # as all of them are
+        ({"length_bounds": [0, 1]}, {}, []),  # they have 2 tokens
+        ({"length_bounds": [2, 2]}, {}, [-0.7071, 0.7071]),
+        # -1 / sqrt(2) in two groups, and half of it in the one whose rewards differ both
+        ({"advantage": "gdpo"}, {}, [-1.0541, -0.5270, 0.5270, 1.0541]),
+    ],
+    ids=str,
+)
+def test_what_is_known_of_a_completion_reaches_its_advantage(
+    tmp_path, algorithm, reward, advantages
+):
+    stand_ins, batches, turns = Run(), [], [itertools.count(), itertools.count()]
+    update = stand_ins.update
+    stand_ins.update = lambda state, batch: batches.append(batch) or update(state, batch)
+    judges = (
+        lambda *_: float(next(turns[0]) % 2),  # 0 and 1 in each group
+        lambda prompt, _: 1.0 - next(turns[1]) % 2 * (prompt.id % 2),  # 1, and in one group 1 and 0
+    )
+    stand_ins.reward = Reward(("main", "further"), np.array([1.0, 0.5]), judges)
+    sections = {"algorithm": {"mask_equal_rewards": False} | algorithm, "reward": reward}
+    stand_ins.go(tmp_path, steps=1, sections=sections, max_new_tokens=2)
+    (batch,), metrics = batches, stand_ins.logged[-1]
+    found = np.unique(batch.advantages_BC[batch.loss_mask_BC > 0].round(4))
+    np.testing.assert_allclose(found, advantages, atol=2e-4)
+    assert metrics["reward/main/mean"] == 0.5 and metrics["reward/mean"] == pytest.approx(11 / 12)
+    assert metrics.get("reward/overlong_mean", 0.0) == reward.get("overlong_penalty", 0.0)
 
 
 def test_overlap_samples_the_next_step_under_an_update_and_publishes_when_it_is_there(tmp_path):

@@ -57,6 +57,14 @@ def test_rewards_are_described_by_the_known_ones():
     )
 
 
+def test_groups_of_several_rewards_are_solved_or_not_by_the_main_one():
+    main_PG = np.array([[1.0, 0.0], [0.0, 0.0], [math.nan, math.nan]])
+    found = describe_rewards(main_PG + 1.0, np.ones((3, 2)), main_PG)
+    assert (found["reward/mean"], found["reward/unknown"]) == (1.25, 2.0)
+    assert (found["reward/pass_at_k"], found["reward/fraction_groups_all_full"]) == (0.5, 0.0)
+    assert found["reward/fraction_groups_all_lowest"] == 0.5
+
+
 def test_a_step_that_is_all_solved_has_no_lowest_groups():
     found = describe_rewards(np.ones((3, 2), np.float32), np.zeros((3, 2)))
     assert found["reward/fraction_groups_all_full"] == 1.0

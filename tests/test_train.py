@@ -243,7 +243,7 @@ INFINITE = """
 import sys
 import numpy as np
 import jaxrl.advantages
-jaxrl.advantages.estimate_advantages = lambda rewards_PG, *_: (
+jaxrl.advantages.estimate_advantages = lambda rewards_PG, *_, **__: (
     np.full(np.shape(rewards_PG), np.inf), np.ones(np.shape(rewards_PG))
 )
 from jaxrl.train import main

@@ -13,6 +13,8 @@ ADVANTAGES = (
     "reinforce_pp",
     "reinforce_pp_baseline",
     "batch_std",
+    "scalerl",
+    "gdpo",
     "maxrl",
     "pass_at_k",
 )
@@ -65,7 +67,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dppo": {"loss": "dppo", "proximal": "engine"},
     "liteppo": _PPO | {"advantage": "batch_std", "aggregation": "token_mean"},
     "scalerl": {
-        "advantage": "batch_std",
+        "advantage": "scalerl",
         "mask_equal_rewards": True,
         "loss": "cispo",
         "aggregation": "prompt_mean",

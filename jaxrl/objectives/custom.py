@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl.config import AlgorithmSection
@@ -20,12 +20,17 @@ def is_custom(name: str) -> bool:
 
 
 def load(key: str, name: str) -> Callable[..., Any]:
-    """The function that `algorithm.<key>` names.
+    """The function that `algorithm.<key>` names; see `load_function`."""
+    return load_function(f"algorithm.{key}", name, SIGNATURES[key])
+
+
+def load_function(key: str, name: str, parameters: Sequence[str]) -> Callable[..., Any]:
+    """The function that the dotted `key` names.
 
     Raises:
-      UserError: it cannot be imported, or cannot be called with the arguments of `SIGNATURES`.
+      UserError: it cannot be imported, or cannot be called with so many arguments.
     """
-    where = f"algorithm.{key} = {name}"
+    where = f"{key} = {name}"
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -37,7 +42,6 @@ def load(key: str, name: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{where}: {module_name} has no function {function_name}")
-    parameters = SIGNATURES[key]
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:
