@@ -2,21 +2,26 @@
 
 Versions count steps: what is trained at version v is followed by v + 1. A group that is asked for
 while engines serve u has the deadline u + max_lag, the last version that may be trained with it.
+
+A group is judged when it arrives, while others are sampled: what it is worth decides whether it is
+trained on, and whether its prompt is asked for again.
 """
 
+import math
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from jaxrl.advantages import EQUAL
 from jaxrl.config import Config
 from jaxrl.ledger import Ledger
-from jaxrl.types import Group, Prompt, PublishReport, Request, Rollout, RunError, Sampling
+from jaxrl.types import Group, Judged, Prompt, PublishReport, Request, Rollout, RunError, Sampling
 
 T = TypeVar("T")
 _NAMED = 8  # prompts, in a message
@@ -66,6 +71,9 @@ class Prompts(Protocol):
 
     def take(self, count: int) -> list[Prompt]: ...
     def at(self, index: int) -> Prompt: ...
+    def measured(self, index: int, reward: float) -> None:
+        """The completions of this prompt had this mean reward; NaN: nobody knows."""
+        ...
 
 
 def seeds_for(run_seed: int, prompts: Sequence[Prompt]) -> list[int]:
@@ -128,7 +136,20 @@ class Pending:
     prompt: Prompt
     deadline: int  # the last version that may be trained with it
     future: Future[Group]
-    group: Group | None = None  # once it is finished
+    judged: Judged | None = None  # once it is finished
+    reward: float = math.nan  # the mean of its main ones that are known
+    equal: bool = (
+        False  # all its sums are, or fewer than two are known: there is nothing to compare
+    )
+
+
+@dataclass
+class Judging:
+    """What it took, and what it did, until a step was taken."""
+
+    seconds: float = 0.0
+    dropped: list[float] = field(default_factory=list)  # mean rewards of groups of equal ones
+    taken_equal: int = 0  # groups
 
 
 class Collector:
@@ -143,9 +164,11 @@ class Collector:
         stream: Prompts,
         ledger: Ledger,
         sampling: Sampling,
+        judge: Callable[[Group], Judged],
         c: Config,
         version: int,
         steps: int,
+        warn: Callable[[str], None],
     ) -> None:
         """Nothing is asked for before `serve`; what the ledger says is in flight goes first then.
 
@@ -155,11 +178,16 @@ class Collector:
         """
         self._engines, self._stream, self._ledger = engines, stream, ledger
         self._sampling, self._seed = sampling, c.run.seed
+        self._judge, self._warn = judge, warn
         self._per_step, self._max_lag = c.rollout.prompts_per_step, c.max_lag
         self._too_old, self._straggler_s = c.rollout.too_old, c.rollout.straggler_s
         # Longer than an engine may take: what one does not finish, others are given once more.
         self._timeout_s = 2 * c.rollout.timeout_s
         self._beyond_a_step = c.rollout.mode == "continuous"
+        self._in_batches = c.rollout.engine == "inprocess"  # whose groups end together
+        self._resample_equal = c.rollout.resample_equal
+        self._most_dropped = c.rollout.max_resample * self._per_step
+        self._warned = False
         self._next, self._steps = version, steps
         self._serving: int | None = None
         self._coming: tuple[int, Future[Any]] | None = None  # version; done when engines serve it
@@ -169,6 +197,7 @@ class Collector:
         self._under_way: dict[Future[Group], Pending] = {}
         self._events: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._heard = time.monotonic()
+        self._judging, self._judging_of_last = Judging(), Judging()
 
     def serve(self, version: int, published: Future[Any]) -> None:
         """Engines serve `version` from when `published` is done; asks for what then can be."""
@@ -177,12 +206,13 @@ class Collector:
         if published.done() and published.exception() is None:
             self._fill()
 
-    def take(self, version: int) -> list[Group]:
+    def take(self, version: int) -> list[Judged]:
         """Waits for the groups of the step that trains `version`: finished ones, those with the
         earliest deadlines first, then in the order they were asked for.
 
         What cannot be trained in time after this step is waited for, dropped or sampled again, as
-        rollout.too_old has it.
+        rollout.too_old has it. With rollout.resample_equal groups of equal rewards are dropped, up
+        to rollout.max_resample batches of them for a step.
 
         Raises:
           RunError: no group ended in twice rollout.timeout_s, or engines break their promises.
@@ -194,14 +224,17 @@ class Collector:
             if chosen is None and not self._under_way and self._coming is None:
                 raise RunError(f"version {version} lacks groups, and none is under way: a bug")
             self._hear()
-        groups = [self._pending.pop(pending.prompt.id).group for pending in chosen]
-        groups = [group for group in groups if group is not None]
-        if (found := lag(groups, version)) > self._max_lag:
+        taken = [self._pending.pop(pending.prompt.id).judged for pending in chosen]
+        taken = [judged for judged in taken if judged is not None]
+        if (found := lag([judged.group for judged in taken], version)) > self._max_lag:
             raise RunError(f"{self._stale(version - found)}: a bug")
+        self._judging.taken_equal = sum(pending.equal for pending in chosen)
+        self._judging_of_last, self._judging = self._judging, Judging()
         self._next, self._steps = version + 1, self._steps - 1
+        self._drop_equal()
         self._give_up_late()
         self._fill()
-        return groups
+        return taken
 
     def ask(self, requests: Sequence[Request]) -> list[Group]:
         """Has these sampled ahead of everything else, and waits for them. Raises as `take`."""
@@ -236,15 +269,22 @@ class Collector:
         """Raises LedgerError unless the ledger and this one know of the same samples."""
         self._ledger.check([*self._pending, *(prompt.id for prompt in self._again)])
 
-    def metrics(self) -> dict[str, int]:
-        finished = sum(pending.future.done() for pending in self._pending.values())
+    def metrics(self) -> dict[str, float]:
+        """How things stand, and what was done for the step that was taken last."""
+        finished = sum(pending.judged is not None for pending in self._pending.values())
+        judging = self._judging_of_last
         return {
             "rollout/in_flight": len(self._pending) - finished,
             "rollout/finished_waiting": finished,
+            "rollout/dropped_equal": len(judging.dropped),
+            "rollout/dropped_all_0": sum(abs(reward) <= EQUAL for reward in judging.dropped),
+            "rollout/dropped_all_1": sum(abs(reward - 1) <= EQUAL for reward in judging.dropped),
+            "rollout/taken_equal": judging.taken_equal,
+            "time/reward_s": judging.seconds,
         }
 
     def _chosen(self) -> list[Pending] | None:
-        finished = [pending for pending in self._pending.values() if pending.group is not None]
+        finished = [pending for pending in self._pending.values() if pending.judged is not None]
         if len(finished) < self._per_step:
             return None
         chosen = sorted(finished, key=lambda pending: pending.deadline)[: self._per_step]
@@ -255,7 +295,7 @@ class Collector:
         return chosen
 
     def _hear(self) -> None:
-        """Waits for the next thing that ends, and sees to it."""
+        """Waits for the next thing that ends, and sees to it and to what else has."""
         left = None  # what else is waited for has a deadline of its own
         if self._under_way:
             left = max(0.0, self._heard + self._timeout_s - time.monotonic())
@@ -268,14 +308,56 @@ class Collector:
                 f"{len(self._under_way)} are under way, prompts {named}, ...: the engines hang, or "
                 "need longer for one than that"
             ) from None
-        pending = self._under_way.pop(ended, None)
-        if pending is not None:
-            self._heard = time.monotonic()
-            pending.group = group = ended.result()
-            if self._pending.get(pending.prompt.id) is pending:
-                pending.deadline = self._next - lag([group], self._next) + self._max_lag
-                self._give_up_late()
+        self._see_to(ended)
+        while not self._events.empty():
+            self._see_to(self._events.get())
         self._fill()
+
+    def _see_to(self, ended: Future[Any]) -> None:
+        pending = self._under_way.pop(ended, None)
+        if pending is None:
+            return
+        group = ended.result()
+        if self._pending.get(pending.prompt.id) is pending:
+            pending.deadline = self._next - lag([group], self._next) + self._max_lag
+            self._value(pending, group)
+            self._drop_equal()
+            self._give_up_late()
+        self._heard = time.monotonic()  # judging may take its time
+
+    def _value(self, pending: Pending, group: Group) -> None:
+        """Has a finished group judged, and notes what its prompt is worth."""
+        start = time.perf_counter()
+        pending.judged = judged = self._judge(group)
+        self._judging.seconds += time.perf_counter() - start
+        known = judged.rewards_G[np.isfinite(judged.rewards_G)]
+        pending.equal = known.size < 2 or bool(np.ptp(known) <= EQUAL)
+        main = judged.rewards_GR[:, 0].astype(np.float64)
+        main = main[np.isfinite(main)]
+        pending.reward = float(main.mean()) if main.size else math.nan
+        self._stream.measured(pending.prompt.id, pending.reward)
+
+    def _drop_equal(self) -> None:
+        """Drops finished groups of equal rewards, until it was done often enough for a step."""
+        if not self._resample_equal:
+            return
+        dropped = self._judging.dropped
+        for pending in [pending for pending in self._pending.values() if pending.equal]:
+            if len(dropped) == self._most_dropped:
+                return self._warn_of_equal()
+            del self._pending[pending.prompt.id]
+            self._ledger.drop([pending.prompt.id], "equal_rewards")
+            dropped.append(pending.reward)
+
+    def _warn_of_equal(self) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"version {self._next}: {self._most_dropped} groups of equal rewards were dropped, "
+                "rollout.max_resample batches of them, and this step is trained with what comes: "
+                "the policy can do nearly all of the tasks, or nearly none; look at "
+                "rollout/dropped_all_1 and rollout/dropped_all_0"
+            )
 
     def _fill(self) -> None:
         """Asks for as many groups as can be trained in time."""
@@ -285,6 +367,8 @@ class Collector:
             self._serving = version
         if self._serving is None:
             return
+        if self._in_batches and any(p.judged is None for p in self._pending.values()):
+            return  # or how many are sampled together would depend on when which was heard of
         deadline = self._serving + self._max_lag
         in_time = slack(_deadlines(self._pending.values()), self._next, self._per_step, deadline)
         steps = self._steps if self._beyond_a_step else min(self._steps, 1)

@@ -107,6 +107,22 @@ class DataSection(Section):
     answer_keys: ClassVar[tuple[str, ...]] = ("answer",)  # in a jsonl file, the first that is there
 
 
+class RolloutDataSection(DataSection):
+    easy: float | None = knob(
+        None,
+        "rows of the jsonl file whose completions had at least this mean reward, when they were "
+        "last sampled, are not asked for again, 0.9; default: they are",
+    )
+    hard: float | None = knob(
+        None,
+        "rows with at most this mean reward are passed over for data.revisit epochs, 0.0; default: "
+        "they are not",
+    )
+    revisit: int = knob(
+        1, "passes through the file without a row that data.hard is about", unit="epochs", ge=1
+    )
+
+
 class SftDataSection(DataSection):
     source: Literal["reasoning_gym", "jsonl"] = knob(
         ...,
@@ -196,6 +212,17 @@ class RolloutSection(Section):
         "what is done about completions that would be older than max_lag; wait: a step waits for "
         "them, so that there are none; drop: they are cancelled; resample: they are cancelled and "
         "sampled again, by newer weights",
+    )
+    resample_equal: bool = knob(
+        False,
+        "groups whose rewards are all equal are dropped when they arrive, and others are asked for "
+        "in their place (DAPO's dynamic sampling)",
+    )
+    max_resample: int = knob(
+        10,
+        "batches of such groups that are dropped for one step; then it is trained with what comes",
+        unit="batches",
+        ge=1,
     )
     straggler_s: float | None = knob(
         None,
@@ -713,7 +740,7 @@ class Config(RunConfig):
         "data.max_prompt_tokens and the larger of rollout.max_new_tokens and eval.max_new_tokens"
     )
 
-    data: DataSection
+    data: RolloutDataSection
     reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
     vllm: VllmSection = VllmSection()
@@ -892,6 +919,18 @@ def _contradictions_of_publish(c: Config) -> list[str]:
 
 def _contradictions_of_rollouts(c: Config) -> list[str]:
     found = []
+    for key in ("easy", "hard"):
+        value = getattr(c.data, key)
+        if value is not None and c.data.source == "reasoning_gym":
+            found.append(
+                f"data.{key} = {value} with data.source = reasoning_gym, whose tasks never come "
+                "again: it is for data.source = jsonl; leave it out"
+            )
+    if c.data.easy is not None and c.data.hard is not None and c.data.hard >= c.data.easy:
+        found.append(
+            f"data.hard = {c.data.hard} is not less than data.easy = {c.data.easy}: a row would be "
+            "both"
+        )
     if c.data.source == "jsonl" and c.reward.kind == "task":
         found.append("reward.kind = task needs data.source = reasoning_gym; use reward.kind: exact")
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):

@@ -1,8 +1,9 @@
 """Where prompts come from: an endless, resumable stream, and held-out prompts it never yields."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxrl.config import Config, DataSection, SftConfig, SftDataSection
+from jaxrl.curriculum import Curriculum, Order
 from jaxrl.models.config import DecoderConfig
 from jaxrl.types import Example, Prompt, UserError
 
@@ -38,11 +40,21 @@ class Encode(Protocol[P_co]):
 
 
 class PromptStream(Generic[P]):
-    """Training prompts in order. `cursor`, an index into the source, is all of its state."""
+    """Training prompts in order, less those that the curriculum passes over, if there is one.
 
-    def __init__(self, source: Source, epoch: int, held_out: list[P], encode: Encode[P]) -> None:
+    `cursor`, an index into the source, and `state()` are all of its state."""
+
+    def __init__(
+        self,
+        source: Source,
+        epoch: int,
+        held_out: list[P],
+        encode: Encode[P],
+        curriculum: Curriculum | None = None,
+    ) -> None:
         """`epoch`: after how many items of the source it begins anew, or in another order."""
         self._source, self._encode, self._epoch = source, encode, epoch
+        self._curriculum = curriculum
         self._held_out = {prompt.text for prompt in held_out}
         self.cursor = 0
         self.skipped_too_long = 0
@@ -56,6 +68,8 @@ class PromptStream(Generic[P]):
         prompts: list[P] = []
         skipped = 0
         while len(prompts) < count:
+            if self._curriculum is not None:
+                self.cursor = self._curriculum.next(self.cursor)
             prompt = self.at(self.cursor)
             self.cursor += 1
             if not self._encode.fits(prompt):
@@ -64,6 +78,8 @@ class PromptStream(Generic[P]):
                 prompts.append(prompt)
                 skipped = 0
                 continue
+            if self._curriculum is not None:
+                self._curriculum.never(prompt.id)
             skipped += 1
             if skipped == SKIPS_IN_A_ROW:
                 raise UserError(
@@ -82,6 +98,27 @@ class PromptStream(Generic[P]):
         prompt = self.take(1)[0]
         self.cursor, self.skipped_too_long = cursor, skipped
         return prompt
+
+    def measured(self, index: int, reward: float) -> None:
+        """The completions of the prompt with this id had this mean reward; NaN: nobody knows."""
+        if self._curriculum is not None:
+            self._curriculum.measured(index, reward)
+
+    def state(self) -> dict[str, Any]:
+        """Beside `cursor`; JSON-able."""
+        return {} if self._curriculum is None else self._curriculum.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """`state`: what `state()` once returned."""
+        if self._curriculum is not None:
+            self._curriculum.restore(state)
+
+    def metrics(self) -> dict[str, int]:
+        passed_over = {}
+        if self._curriculum is not None:
+            easy, hard = self._curriculum.passed_over(self.cursor // self._epoch)
+            passed_over = {"data/easy": int(easy.sum()), "data/hard": int(hard.sum())}
+        return {"data/skipped_too_long": self.skipped_too_long, **passed_over}
 
 
 class Encoder:
@@ -135,13 +172,21 @@ class ExampleEncoder:
         return self._prompt.fits(prompt) and len(prompt.completion) <= self._most
 
 
-def open_data(c: Config, tokenizer: Tokenizer) -> tuple[PromptStream[Prompt], list[Prompt]]:
+def open_data(
+    c: Config, tokenizer: Tokenizer, warn: Callable[[str], None] = print
+) -> tuple[PromptStream[Prompt], list[Prompt]]:
     """The training stream and the held-out prompts.
 
     Raises:
       UserError: the task or file is missing, empty or malformed (bad rows by number).
     """
-    return _open(c.data, c.run.seed, Encoder(tokenizer, c.data))
+
+    def curriculum(order: Order, rows: int) -> Curriculum | None:
+        if c.data.easy is None and c.data.hard is None:
+            return None
+        return Curriculum(order, rows, c.data, c.rollout.prompts_per_step, warn)
+
+    return _open(c.data, c.run.seed, Encoder(tokenizer, c.data), curriculum)
 
 
 def open_examples(
@@ -151,10 +196,16 @@ def open_examples(
     return _open(c.data, c.run.seed, ExampleEncoder(tokenizer, c.data, ends))
 
 
-def _open(c: DataSection, seed: int, encode: Encode[P]) -> tuple[PromptStream[P], list[P]]:
+def _open(
+    c: DataSection,
+    seed: int,
+    encode: Encode[P],
+    curriculum: Callable[[Order, int], Curriculum | None] = lambda *_: None,
+) -> tuple[PromptStream[P], list[P]]:
     opened = _open_task(c, seed) if c.source == "reasoning_gym" else _open_jsonl(c, seed)
     prompts = _distinct(opened.held_out, opened.held_out_count, encode)
-    return PromptStream(opened.train, opened.epoch, prompts, encode), prompts
+    chosen = None if opened.order is None else curriculum(opened.order, opened.epoch)
+    return PromptStream(opened.train, opened.epoch, prompts, encode, chosen), prompts
 
 
 def load_tokenizer(model_dir: Path, config: DecoderConfig) -> Tokenizer:
@@ -213,6 +264,7 @@ class _Opened(NamedTuple):
     epoch: int  # of `train`, in items
     held_out: Source
     held_out_count: int
+    order: Order | None = None  # of the rows of `train`; None: they never come again
 
 
 def _open_task(c: DataSection, seed: int) -> _Opened:
@@ -258,11 +310,13 @@ def _open_jsonl(c: DataSection, seed: int) -> _Opened:
             f"{c.path}: {len(rows)} rows, of which data.held_out = {c.held_out} are kept for "
             "evaluation: none is left to train on"
         )
+    order = _shuffle(len(train), seed)
     return _Opened(
-        _shuffled(train, seed),
+        _shuffled(train, order),
         len(train),
         _in_order(held_out),
         min(c.held_out, len({text for text, _ in held_out})),
+        order,
     )
 
 
@@ -273,16 +327,22 @@ def _in_order(rows: list[Row]) -> Source:
     return at
 
 
-def _shuffled(rows: list[Row], seed: int) -> Source:
-    """Every row once an epoch, in an order of its own for each epoch."""
-    orders: dict[int, np.ndarray] = {}
+def _shuffle(rows: int, seed: int) -> Order:
+    """Another order for each epoch."""
+
+    @functools.lru_cache(maxsize=2)  # the last of an epoch end when the next has begun
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(rows)
+
+    return order
+
+
+def _shuffled(rows: list[Row], order: Order) -> Source:
+    """Every row once an epoch."""
 
     def at(index: int) -> Row:
         epoch, place = divmod(index, len(rows))
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
-        return rows[orders[epoch][place]]
+        return rows[order(epoch)[place]]
 
     return at
 

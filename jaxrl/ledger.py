@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxrl.types import Group, RunError
 
-REASONS = ("too_old", "straggler")  # to drop a sample
+REASONS = ("too_old", "straggler", "equal_rewards")  # to drop a sample
 
 
 class LedgerError(RunError):

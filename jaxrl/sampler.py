@@ -63,6 +63,7 @@ class InProcessEngine:
         self._policy, self._frozen = policy, frozen or {}
         self._params: Params | None = None
         self._version = -1
+        self._most: dict[Sampling, int] = {}  # prompts that were sampled at a time
         # A copy: the next update donates, and so destroys, the parameters it was given.
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
 
@@ -110,11 +111,19 @@ class InProcessEngine:
     def begin(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
     ) -> Callable[[], list[Group]]:
-        """As `generate`, whose result comes when what is returned is called; the device starts."""
+        """As `generate`, whose result comes when what is returned is called; the device starts.
+
+        Fewer prompts than before are filled up with copies of the last, so that the sampler is
+        compiled for few numbers of them: a quarter of the most, or a power of two."""
         if self._params is None:
             raise RuntimeError("nothing was published yet: no weights to sample with")
         if not sampling.exact or sampling.stop_strings:
             raise ValueError(f"the in-process engine has no such options: {sampling}")
+        asked, most = len(prompts), max(len(prompts), self._most.get(sampling, 0))
+        self._most[sampling] = most
+        copies = min(most, max(most // 4, 1 << (asked - 1).bit_length())) - asked
+        prompts = [*prompts, *[prompts[-1]] * copies]
+        seeds = [*seeds, *[seeds[-1]] * copies]
         lengths_P = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
         prompts_PT = np.zeros((len(prompts), row_length(int(lengths_P.max()))), np.int32)
         for row, prompt in zip(prompts_PT, prompts, strict=True):
@@ -138,7 +147,7 @@ class InProcessEngine:
             ]
             return [
                 Group(prompt, tuple(rollouts[p * n : (p + 1) * n]))
-                for p, prompt in enumerate(prompts)
+                for p, prompt in enumerate(prompts[:asked])
             ]
 
         return wait

@@ -43,6 +43,7 @@ from jaxrl.program import refuse_to_go_on_skipping, start, summarize
 from jaxrl.settings import Command, to_yaml
 from jaxrl.types import (
     Group,
+    Judged,
     Prompt,
     PublishReport,
     RunError,
@@ -109,7 +110,6 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     from jaxrl.collect import Collector
     from jaxrl.objectives.aggregation import make_shares
     from jaxrl.packing import pack
-    from jaxrl.rewards import total
 
     c = parts.config
     continuous = c.rollout.mode == "continuous"
@@ -119,7 +119,17 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     )
     version, ledger = parts.next_version(), parts.ledger
     steps_left = c.run.steps - first_step
-    collector = Collector(parts.engines, parts.stream, ledger, sampling, c, version, steps_left)
+    collector = Collector(
+        parts.engines,
+        parts.stream,
+        ledger,
+        sampling,
+        lambda group: judge(parts, group, sampling.n),
+        c,
+        version,
+        steps_left,
+        warn,
+    )
     publishing = begun(parts.publish(state.params, version))
     report = collector.until(publishing)
     if first_step == 0:
@@ -130,15 +140,15 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
 
     for step in range(first_step + 1, c.run.steps + 1):
         try:
-            groups = collector.take(version)
+            taken = collector.take(version)
         except RunError:
             if saved < step - 1:
                 parts.save(step - 1, state, version, ledger.saved())
             raise
         clock.lap("rollout")
-        texts_PG, rewards_PGR = judge(parts, groups, sampling.n)
-        rewards_PG = total(rewards_PGR, parts.reward.weights)
-        clock.lap("reward")
+        groups, texts_PG = [judged.group for judged in taken], [judged.texts for judged in taken]
+        rewards_PG = np.stack([judged.rewards_G for judged in taken])
+        rewards_PGR = np.stack([judged.rewards_GR for judged in taken])
         (advantages_PG, weights_PG), reward_metrics = estimate(parts, groups, rewards_PGR)
         shards = c.mesh.row_shards
         batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost, aggregate)
@@ -150,7 +160,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         metrics: dict[str, Any] = {
             **describe_lag(groups, version, c.max_lag),
             "data/cursor": ledger.cursor,
-            "data/skipped_too_long": parts.stream.skipped_too_long,
+            **parts.stream.metrics(),
         }
         collector.prepare()
         version, failure = parts.next_version(), None
@@ -208,16 +218,13 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     return state
 
 
-def judge(parts: Parts, groups: list[Group], group_size: int) -> tuple[list[list[str]], np.ndarray]:
-    """The completions as text, and their rewards: float32 [P, G, R], NaN where unknown."""
-    from jaxrl.rewards import score
+def judge(parts: Parts, group: Group, group_size: int) -> Judged:
+    """The completions as text, and what they are worth."""
+    from jaxrl.rewards import score, total
 
-    texts_PG = [
-        [parts.tokenizer.decode(rollout.tokens.tolist()) for rollout in group.rollouts]
-        for group in groups
-    ]
-    prompts = [group.prompt for group in groups]
-    return texts_PG, score(parts.reward, prompts, texts_PG, group_size)
+    texts = [parts.tokenizer.decode(rollout.tokens.tolist()) for rollout in group.rollouts]
+    (rewards_GR,) = score(parts.reward, [group.prompt], [texts], group_size)
+    return Judged(group, texts, rewards_GR, total(rewards_GR, parts.reward.weights))
 
 
 def estimate(
@@ -259,8 +266,8 @@ def evaluate(parts: Parts, collector: Collector) -> float:
         top_k=c.eval.top_k,
     )
     groups = collector.ask(requests_for(c.run.seed, parts.held_out, sampling))
-    _, rewards_P1R = judge(parts, groups, 1)
-    return float(np.mean(rewards_P1R[:, :, 0] >= 1.0 - 1e-6))
+    judged = [judge(parts, group, 1) for group in groups]
+    return float(np.mean([each.rewards_GR[0, 0] >= 1.0 - 1e-6 for each in judged]))
 
 
 def train(command: Command[Config], hosts: Hosts) -> int:
@@ -273,7 +280,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
     c = command.config
     model_dir, decoder = open_model(c)
     tokenizer = load_tokenizer(model_dir, decoder)
-    stream, held_out = open_data(c, tokenizer)
+    stream, held_out = open_data(c, tokenizer, warn)
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
     reward = make_reward(c)
     load_all(c.algorithm)
@@ -303,6 +310,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
         if command.resume and (restored := checkpoints.newest()):
             state, first_step = restored.arrays, restored.step
             last_version, book = restored.host["version"], restored.host["ledger"]
+            stream.restore(restored.host.get("curriculum", {}))
         log = cleanup.enter_context(
             RunLog(
                 run_dir.path,
@@ -317,7 +325,8 @@ def train(command: Command[Config], hosts: Hosts) -> int:
         stream.cursor = ledger.cursor
 
         def save(step: int, state: TrainState, version: int, book: Mapping[str, Any]) -> None:
-            checkpoints.save(step, state, {"version": version, "ledger": book})
+            own = {"version": version, "ledger": book, "curriculum": stream.state()}
+            checkpoints.save(step, state, own)
 
         next_version = VersionCounter(run_dir.weight_version_file, floor=last_version).next
         if fleet is None:

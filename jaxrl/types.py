@@ -112,6 +112,17 @@ class Group:
     engine: str = ""  # that sampled them
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """A group, and what its completions are worth."""
+
+    group: Group
+    texts: list[str]  # one for each rollout
+    # float32, NaN where unknown; completions that are not there stand last.
+    rewards_GR: np.ndarray  # the main reward first
+    rewards_G: np.ndarray  # their weighted sums
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineOutcome:
     """How far one engine came with one version; `bridge.transaction.State` has the states."""

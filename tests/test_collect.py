@@ -1,5 +1,6 @@
 """Seeds follow the prompt, lag is counted from the oldest token, and engines have as much to do as
-max_lag lets them: nothing older is trained, nothing is waited for without end, nothing is lost."""
+max_lag lets them: nothing older is trained, nothing is waited for without end, nothing is lost; and
+what teaches nothing is not trained, while there is hope of something else."""
 
 import heapq
 import queue
@@ -19,7 +20,7 @@ from jaxrl import collect
 from jaxrl.collect import Collector, lag, requests_for, seeds_for, slack
 from jaxrl.config import Config
 from jaxrl.ledger import Ledger, replay
-from jaxrl.types import EnginesGone, Group, Prompt, Rollout, RunError, Sampling
+from jaxrl.types import EnginesGone, Group, Judged, Prompt, Rollout, RunError, Sampling
 
 
 def prompts(ids):
@@ -169,7 +170,7 @@ class Stream:
     """Every third id is of a prompt that is held out."""
 
     def __init__(self, cursor=0):
-        self.cursor = cursor
+        self.cursor, self.rewards = cursor, {}
 
     def at(self, index):
         return Prompt(index, f"{index}", (1, 2), {})
@@ -180,6 +181,23 @@ class Stream:
             ids += [self.cursor] if self.cursor % 3 else []
             self.cursor += 1
         return [self.at(i) for i in ids]
+
+    def measured(self, index, reward):
+        self.rewards[index] = reward
+
+
+def judging(rewards_of):
+    """rewards_of(prompt id) -> [N]"""
+
+    def judge(group: Group) -> Judged:
+        rewards_G = np.array(rewards_of(group.prompt.id), np.float32)
+        return Judged(group, [""] * N, rewards_G[:, None], rewards_G)
+
+    return judge
+
+
+def all_differ(_) -> list[float]:
+    return [1.0, 0.0]
 
 
 def config(**rollout) -> Config:
@@ -193,19 +211,21 @@ def config(**rollout) -> Config:
     )
 
 
-def loop(fleet: Fleet, c: Config, path: Path) -> list[list[Group]]:
-    """The loop of a trainer with everything left out that is not about versions."""
+def loop(fleet: Fleet, c: Config, path: Path, rewards_of) -> list[list[Group]]:
+    """The loop of a trainer with everything left out that is not about versions and rewards."""
     continuous, trained = c.rollout.mode == "continuous", []
     ledger = Ledger(path)
     sampling = Sampling(N, 4, 1.0, ())
-    collector = Collector(fleet, Stream(), ledger, sampling, c, 1, STEPS)
+    judge, said = judging(rewards_of), []
+    collector = Collector(fleet, Stream(), ledger, sampling, judge, c, 1, STEPS, said.append)
+    most, full_steps, dropped = c.rollout.max_resample * PER_STEP, 0, 0
 
     def outstanding():
         """Deadlines, as the versions of finished groups or those at the time of asking say it."""
         return [
             (int(f.result().rollouts[0].versions.min()) if f.done() else asked) + c.max_lag
             for i, (asked, f) in fleet.asked.items()
-            if i not in taken and not f.cancelled()
+            if i in ledger.outstanding and not f.cancelled()
         ]
 
     def check():
@@ -223,9 +243,16 @@ def loop(fleet: Fleet, c: Config, path: Path) -> list[list[Group]]:
     fleet.on_wait = check
     collector.serve(1, publishing)
     for version in range(1, STEPS + 1):
-        groups = collector.take(version)
+        groups = [judged.group for judged in collector.take(version)]
         assert len(groups) == PER_STEP and not taken & {group.prompt.id for group in groups}
         taken |= {group.prompt.id for group in groups}
+        if c.rollout.resample_equal:
+            step = collector.metrics()
+            equal = sum(len(set(rewards_of(group.prompt.id))) == 1 for group in groups)
+            assert step["rollout/taken_equal"] == equal
+            assert step["rollout/dropped_equal"] <= most
+            assert not equal or step["rollout/dropped_equal"] == most
+            dropped, full_steps = dropped + step["rollout/dropped_equal"], full_steps + (equal > 0)
         assert lag(groups, version) <= c.max_lag
         trained.append(groups)
         fleet.next = version + 1
@@ -242,6 +269,8 @@ def loop(fleet: Fleet, c: Config, path: Path) -> list[list[Group]]:
             collector.until(publishing)
         if version < STEPS:
             collector.serve(version + 1, publishing)
+    assert len(said) == 1 if full_steps else len(said) <= 1
+    assert ledger.dropped["equal_rewards"] == dropped * N
     return trained
 
 
@@ -258,22 +287,42 @@ MODES = st.one_of(
 )
 
 
+RESAMPLING = st.one_of(  # the share of groups with equal rewards, and what is done about them
+    st.just((0.5, {})),
+    st.just((0.4, {"resample_equal": True})),
+    st.tuples(
+        st.sampled_from([0.8, 1.0]),
+        st.fixed_dictionaries({"resample_equal": st.just(True), "max_resample": st.integers(1, 3)}),
+    ),
+)
+
+
 @settings(deadline=None)
-@given(st.randoms(use_true_random=False), MODES, st.integers(1, 10))
-def test_nothing_is_too_old_lost_or_waited_for_in_vain(random, mode, slots):
-    c, fleet = config(**mode), Fleet(random.randint, slots)
+@given(st.randoms(use_true_random=False), MODES, st.integers(1, 10), RESAMPLING)
+def test_nothing_is_too_old_lost_or_waited_for_in_vain(random, mode, slots, resampling):
+    equal, resampling = resampling
+    alike = np.random.default_rng(random.randint(0, 999)).random(200 * STEPS) < equal
+
+    def rewards_of(prompt):
+        return [float(prompt % 2)] * N if alike[prompt] else [0.0, 1.0]
+
+    c, fleet = config(**mode, **resampling), Fleet(random.randint, slots)
     events = SimpleNamespace(SimpleQueue=lambda: fleet, Empty=queue.Empty)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(collect, "queue", events):
         path = Path(folder) / "ledger.jsonl"
-        trained = loop(fleet, c, path)
+        trained = loop(fleet, c, path, rewards_of)
         book = replay(path)
     assert book.trained == STEPS * PER_STEP * N
     ids = sorted(group.prompt.id for groups in trained for group in groups)
     if c.rollout.too_old == "wait":
-        assert ids == [i for i in range(2 * len(ids)) if i % 3][: len(ids)]
-        assert book.dispatched == book.trained and not book.outstanding
+        assert not book.outstanding
+        if not resampling or not any(alike[ids]):
+            hoped = [i for i in range(len(alike)) if i % 3 and not (resampling and alike[i])]
+            assert ids == hoped[: len(ids)]
     if c.rollout.too_old != "drop":
-        assert book.dropped.total() == 0
+        assert book.dropped["too_old"] == 0
+    if not resampling:
+        assert book.dropped["equal_rewards"] == 0
     if c.rollout.mode != "continuous":  # step by step, each of one version
         assert ids == [group.prompt.id for groups in trained for group in groups]
         lags = [
@@ -310,12 +359,26 @@ def served() -> Future:
     return future
 
 
-def collector(folder, engines, version=1, ledger=None, steps=STEPS, **rollout) -> Collector:
+def collector(
+    folder,
+    engines,
+    version=1,
+    ledger=None,
+    steps=STEPS,
+    rewards_of=all_differ,
+    warn=print,
+    **rollout,
+) -> Collector:
     ledger = ledger or Ledger(folder / "ledger.jsonl")
     sampling, stream = Sampling(N, 4, 1.0, ()), Stream(ledger.cursor)
-    made = Collector(engines, stream, ledger, sampling, config(**rollout), version, steps)
+    c, judge = config(**rollout), judging(rewards_of)
+    made = Collector(engines, stream, ledger, sampling, judge, c, version, steps, warn)
     made.serve(version, served())
     return made
+
+
+def taken(made: Collector, version: int) -> list[int]:
+    return [judged.group.prompt.id for judged in made.take(version)]
 
 
 def test_tokens_older_than_asked_for_are_not_trained_on(tmp_path):
@@ -332,7 +395,7 @@ def test_what_must_be_trained_soonest_is_taken_first(tmp_path):
     made = collector(tmp_path, engines, version=3, mode="continuous", max_lag=2)
     for prompt in list(engines.requests):
         engines.end(prompt, 1 if prompt in (5, 8, 13) else 3)
-    assert [group.prompt.id for group in made.take(3)] == [5, 8, 13]
+    assert taken(made, 3) == [5, 8, 13]
 
 
 def test_too_old_groups_make_room_for_others_or_are_sampled_again(tmp_path):
@@ -345,7 +408,7 @@ def test_too_old_groups_make_room_for_others_or_are_sampled_again(tmp_path):
         first = engines.requests[1]
         for prompt in (1, 2, 4, 5):
             engines.end(prompt, 1 if prompt == 1 else 3)  # it promised 3, and 2 would do
-        assert [group.prompt.id for group in made.take(3)] == [2, 4, 5]
+        assert taken(made, 3) == [2, 4, 5]
         again = engines.requests[1]
         assert (again[1] is not first[1]) == (too_old == "resample") and again[0] == first[0]
         dropped = replay(folder / "ledger.jsonl").dropped["too_old"]
@@ -361,7 +424,7 @@ def test_a_group_that_is_late_is_cancelled_at_its_engine(tmp_path):
     made.serve(4, served())
     for prompt in list(engines.requests)[6:]:
         engines.end(prompt, 4)
-    assert [group.prompt.id for group in made.take(4)] == [10, 11, 13]
+    assert taken(made, 4) == [10, 11, 13]
     assert [engines.requests[i][1].cancelled() for i in (1, 2, 8)] == [True] * 3
 
 
@@ -404,6 +467,50 @@ def test_a_version_that_was_waited_for_serves_before_the_next_is_on_its_way(tmp_
     assert list(engines.requests) == [1, 2, 4, 5, 7, 8, 10, 11, 13]
 
 
+def test_groups_with_nothing_to_compare_are_dropped_and_others_asked_for(tmp_path):
+    """What is not known does not differ."""
+    engines, nan = Hand(), float("nan")
+    submit = engines.submit
+
+    def at_once(requests, urgent=False):
+        futures = submit(requests, urgent)
+        for request in requests:
+            engines.end(request.prompt.id, 1)
+        return futures
+
+    engines.submit = at_once
+    rewards = {1: [1, 1 - 1e-7], 2: [0, nan], 4: [0, 1], 5: [nan, nan], 7: [0.5, 0.5], 8: [3, 2]}
+    made = collector(
+        tmp_path, engines, rewards_of=lambda i: rewards.get(i, [0, 1]), resample_equal=True
+    )
+    judged = made.take(1)
+    assert [j.group.prompt.id for j in judged] == [4, 8, 10]
+    assert list(engines.requests) == [1, 2, 4, 5, 7, 8, 10]
+    np.testing.assert_array_equal(np.stack([j.rewards_G for j in judged]), [[0, 1], [3, 2], [0, 1]])
+    found = made.metrics()
+    names = ("dropped_equal", "dropped_all_0", "dropped_all_1", "taken_equal")
+    assert [found[f"rollout/{name}"] for name in names] == [4, 1, 1, 0]
+    assert found["time/reward_s"] > 0
+    assert replay(tmp_path / "ledger.jsonl").dropped["equal_rewards"] == 4 * N
+    assert made._stream.rewards == pytest.approx(
+        {1: 1, 2: 0, 4: 0.5, 5: nan, 7: 0.5, 8: 2.5, 10: 0.5}, nan_ok=True
+    )
+
+
+@pytest.mark.parametrize("engine, asked", [("vllm", [1, 2, 4, 5]), ("inprocess", [1, 2, 4])])
+def test_only_an_engine_that_samples_in_batches_ends_one_before_the_next(tmp_path, engine, asked):
+    engines, judged = Hand(), Future()
+
+    def rewards_of(_):
+        judged.set_result(None)
+        return [1, 1]
+
+    made = collector(tmp_path, engines, rewards_of=rewards_of, resample_equal=True, engine=engine)
+    engines.end(1, 1)
+    made.until(judged)
+    assert list(engines.requests) == asked
+
+
 def test_what_is_asked_beside_training_is_urgent_and_no_part_of_it(tmp_path):
     engines = Hand()
     made = collector(tmp_path, engines)
@@ -427,7 +534,7 @@ def test_a_resumed_run_asks_again_for_what_was_in_flight_with_the_same_seeds(tmp
     made = collector(tmp_path, engines, 1, ledger, mode="continuous")
     for prompt in (2, 4, 7):
         engines.end(prompt, 1)
-    ledger.train(1, 1, made.take(1))
+    ledger.train(1, 1, [judged.group for judged in made.take(1)])
     resumed, book = Hand(), Ledger(tmp_path / "ledger.jsonl", ledger.saved(), step=1)
     collector(tmp_path, resumed, 5, book, STEPS - 1, mode="continuous").check()
     assert list(resumed.requests) == [1, 5, 8, 10, 11, 13]

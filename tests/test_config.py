@@ -119,6 +119,17 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
             {"update__max_tokens_per_microbatch": 1535},
             ["1535", "data.max_prompt_tokens + rollout.max_new_tokens = 1536", "at least 1536"],
         ),
+        ({"data__easy": 0.9}, ["data.easy = 0.9", "it is for data.source = jsonl"]),
+        (
+            {
+                "data__source": "jsonl",
+                "data__path": "x",
+                "reward__kind": "exact",
+                "data__easy": 0.5,
+                "data__hard": 0.5,
+            },
+            ["data.hard = 0.5 is not less than data.easy = 0.5"],
+        ),
         ({"rollout__top_k": 5}, ["rollout.top_k = 5", "leave it at 0"]),
         ({"rollout__min_p": 0.1}, ["rollout.min_p = 0.1"]),
         ({"data__task": None}, ["needs data.task"]),

@@ -1,7 +1,10 @@
-"""Prompts come in an order that can be resumed, and held-out ones never come."""
+"""Prompts come in an order that can be resumed, and held-out ones never come; nor do those that a
+curriculum passes over."""
 
 import itertools
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -223,6 +226,103 @@ def test_too_few_rows_to_hold_out_and_train_is_an_error_with_both_numbers(
     path = write_rows(tmp_path / "rows.jsonl", rows(count))
     with pytest.raises(UserError, match=rf"{count} rows, of which data\.held_out = 3"):
         open_data(make_config(path=path), tokenizer)
+
+
+# --- curriculum ---
+
+
+def curriculum(tokenizer, path: str, said=None, per_step: int = 4, **data):
+    """The stream with one."""
+    config = make_config(path=path, **({"held_out": 0} | data))
+    rollout = config.rollout.model_copy(update={"prompts_per_step": per_step})
+    said = [] if said is None else said
+    return open_data(config.model_copy(update={"rollout": rollout}), tokenizer, said.append)[0]
+
+
+def epochs(stream, count: int, reward_of) -> list[list[str]]:
+    """The texts of so many epochs of 20 rows, each measured when the next is drawn."""
+    found = [[] for _ in range(count + 1)]
+    while not found[count]:
+        (prompt,) = stream.take(1)
+        found[prompt.id // 20].append(prompt.text)
+        stream.measured(prompt.id, reward_of(prompt.text, prompt.id // 20))
+    return [sorted(texts) for texts in found[:count]]
+
+
+def test_easy_rows_do_not_come_again_and_hard_ones_some_epochs_later(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", rows(20))
+    easy, hard, unknown = ["q0", "q11"], ["q1", "q2", "q3"], ["q5"]
+
+    def reward_of(text, epoch):
+        if text in unknown:
+            return math.nan
+        return 0.9 if text in easy else 0.125 if text in hard and epoch == 0 else 0.5
+
+    stream = curriculum(tokenizer, path, easy=0.9, hard=0.125, revisit=2)
+    every = {f"q{i}" for i in range(20)}
+    middling = sorted(every - {*easy, *hard})
+    assert epochs(stream, 5, reward_of) == [
+        sorted(every),
+        middling,
+        middling,
+        sorted([*middling, *hard]),
+        sorted([*middling, *hard]),
+    ]
+    assert stream.metrics() == {"data/skipped_too_long": 0, "data/easy": 2, "data/hard": 0}
+
+
+@pytest.mark.parametrize("stop", [1, 13, 37, 90, 141])
+def test_a_resumed_curriculum_makes_the_same_choice(tokenizer, tmp_path, stop):
+    """With rows that cannot be asked for, and with all of the others passed over in the end."""
+    texts = [*(f"q{i}" for i in range(9)), "far too long", "q0", *(f"r{i}" for i in range(9))]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": t, "answer": "1"} for t in texts])
+    held = write_rows(tmp_path / "held.jsonl", rows(1))
+
+    def opened():
+        return curriculum(
+            tokenizer,
+            path,
+            easy=0.75,
+            hard=0.0,
+            held_out_path=held,
+            held_out=1,
+            max_prompt_tokens=4,
+        )
+
+    def go_on(stream, steps) -> list[tuple]:
+        taken = []
+        for _ in range(steps):
+            prompts = stream.take(4)
+            taken += described(prompts)
+            for prompt in prompts:
+                learned = min(1.0, prompt.id / 1000 + int(prompt.text[1:]) / 8)
+                stream.measured(prompt.id, round(4 * learned) / 4)
+        return taken
+
+    whole = opened()
+    expected = go_on(whole, 150)
+    assert whole.metrics()["data/easy"] > 10
+    first = opened()
+    taken = go_on(first, stop)
+    resumed = opened()
+    resumed.cursor = first.cursor
+    resumed.restore(json.loads(json.dumps(first.state())))
+    assert taken + go_on(resumed, 150 - stop) == expected
+
+
+def test_when_all_rows_are_passed_over_those_sampled_longest_ago_come(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [*rows(20), {"prompt": "toolong", "answer": "1"}])
+    said: list[str] = []
+    stream = curriculum(tokenizer, path, said, per_step=5, easy=1.0, max_prompt_tokens=4)
+    came = Counter()
+    for _ in range(40):
+        prompts = stream.take(5)
+        came.update(prompt.text for prompt in prompts)
+        for prompt in prompts:
+            stream.measured(prompt.id, 1.0)
+    assert len(came) == 20 and min(came.values()) >= 8 and max(came.values()) <= 12
+    assert len(said) == 1 and "data.easy" in said[0]
+    assert stream.metrics() == {"data/skipped_too_long": 1, "data/easy": 20, "data/hard": 0}
 
 
 # --- lengths and templates ---

@@ -27,18 +27,21 @@ def test_samples_are_trained_dropped_or_in_flight(path):
     ledger = Ledger(path)
     ledger.dispatch([0, 2, 3], 4, version=1)
     ledger.drop([2], "too_old")
+    ledger.dispatch([5], 4, version=2)
+    ledger.drop([5], "equal_rewards")
     ledger.again([3], version=2)
     ledger.train(1, 2, [group(0, 3)])
-    expected = (12, 3, {"too_old": 4, "straggler": 1}, {3: 4})
-    assert counts(ledger) == expected and ledger.cursor == 4
+    expected = (16, 3, {"too_old": 4, "straggler": 1, "equal_rewards": 4}, {3: 4})
+    assert counts(ledger) == expected and ledger.cursor == 6
     ledger.check([3])
     assert counts(replay(path)) == expected
     assert ledger.metrics() == {
-        "ledger/dispatched": 12,
+        "ledger/dispatched": 16,
         "ledger/trained": 3,
         "ledger/in_flight": 4,
         "ledger/dropped_too_old": 4,
         "ledger/dropped_straggler": 1,
+        "ledger/dropped_equal_rewards": 4,
     }
 
 
@@ -81,7 +84,8 @@ def test_a_run_goes_on_from_a_checkpoint_whatever_the_kill_left(path, torn):
     resumed.train(2, 4, [group(5, 2)])
     resumed.dispatch([7], 2, version=5)
     assert path.read_bytes().startswith(before)
-    assert counts(replay(path)) == (8, 4, {"too_old": 0, "straggler": 0}, {0: 2, 7: 2})
+    nothing = dict.fromkeys(("too_old", "straggler", "equal_rewards"), 0)
+    assert counts(replay(path)) == (8, 4, nothing, {0: 2, 7: 2})
     (line,) = [line for line in path.read_bytes().split(b"\n") if b"resumed" in line]
     assert json.loads(line)["step"] == 1
 

@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, skipped: int = 0, interrupt_at: int | None = None, version_drawn: int = 0):
         self.events: list[tuple] = []
-        self.cursor, self.skipped_too_long = 0, 0
+        self.cursor = 0
         self.version, self.drawn_before = 0, version_drawn
         self.skipped, self.interrupt_at = skipped, interrupt_at
         self.interrupt = SimpleNamespace(signal=None)
@@ -56,6 +56,12 @@ class Run:
         self.cursor += count
         return [self.at(i) for i in range(self.cursor - count, self.cursor)]
 
+    def measured(self, index: int, reward: float) -> None:
+        pass
+
+    def metrics(self) -> dict[str, int]:
+        return {"data/skipped_too_long": 0}
+
     # the engines
 
     def submit(self, requests, urgent=False):
@@ -64,10 +70,12 @@ class Run:
         for request in requests:
             versions = np.full(2, self.version - self.drawn_before)
             logprobs = np.array([-1.0, -1.0], np.float32)
-            rollout = Rollout(np.array([7, 8], np.int32), logprobs, versions, "length", 0)
             n = request.sampling.n - self.left_behind(request.prompt.id)
-            group = Group(request.prompt, (rollout,) * n)
-            futures.append((Future(), group))
+            rollouts = [
+                Rollout(np.array([7, i], np.int32), logprobs, versions, "length", 0)
+                for i in range(n)
+            ]
+            futures.append((Future(), Group(request.prompt, tuple(rollouts))))
         if self.held is None:
             self.end(futures)
         else:
@@ -375,18 +383,30 @@ MODES = [
     {"mode": "overlap"},
     {"mode": "continuous"},
     {"mode": "continuous", "max_lag": 3},
+    {"mode": "synchronous", "resample_equal": True},
+    {"mode": "continuous", "max_lag": 2, "resample_equal": True},
 ]
+
+
+def differs(prompt: int) -> bool:
+    """Whether the completions of it get different rewards, where they do for some."""
+    return prompt % 3 > 0
 
 
 @pytest.mark.parametrize("rollout", MODES, ids=str)
 def test_however_often_it_is_killed_every_prompt_is_trained_once(tmp_path, rollout):
-    """Kills where a run touches the world: a call of a part, before or after it was made."""
+    """Or dropped once, if it teaches nothing. Kills where a run touches the world: a call of a
+    part, before or after it was made."""
+    resamples = rollout.get("resample_equal", False)
     steps, dice = 12, random.Random(str(rollout))
     stand_ins, resume, kills = Run(), None, 0
     while True:
         left = dice.randint(1, 25)
         doomed = Run()
         doomed.version = stand_ins.version  # the counter of versions is on the disk
+        if resamples:
+            judge = lambda prompt, text: float(differs(prompt.id) and text == "[7, 1]")  # noqa: E731
+            doomed.reward = Reward(("differs",), np.ones(1), (judge,))
 
         def mortal(part):
             def call(*args, **kwargs):
@@ -415,7 +435,8 @@ def test_however_often_it_is_killed_every_prompt_is_trained_once(tmp_path, rollo
             stand_ins.version, resume = doomed.version, doomed.saved or resume
     assert kills > 2
     book = replay(tmp_path / "ledger.jsonl")
-    assert book.trained == book.dispatched == steps * PROMPTS * GROUP
+    assert book.trained == steps * PROMPTS * GROUP and not book.outstanding
+    assert book.dispatched == book.trained + book.dropped["equal_rewards"]
     lines: list[dict] = []
     for text in (tmp_path / "ledger.jsonl").read_bytes().split(b"\n"):
         try:
@@ -426,4 +447,5 @@ def test_however_often_it_is_killed_every_prompt_is_trained_once(tmp_path, rollo
     trained = [line for line in lines if line["what"] == "trained"]
     assert [line["step"] for line in trained] == list(range(1, steps + 1))
     prompts = [int(prompt) for line in trained for prompt in line["samples"]]
-    assert sorted(prompts) == list(range(steps * PROMPTS))
+    wanted = [i for i in range(book.cursor) if differs(i) or not resamples]
+    assert sorted(prompts) == wanted and book.cursor >= steps * PROMPTS

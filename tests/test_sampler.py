@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jaxrl import sampler
 from jaxrl.config import MeshSection
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import load_config
@@ -127,6 +128,20 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(engine):
             assert_same(rollout, again)
     for rollout, again in zip(together[0].rollouts, alone[0].rollouts, strict=True):
         assert_same(rollout, again)
+
+
+def test_fewer_prompts_than_before_are_sampled_alike_by_few_programs(policy, params):
+    engine = InProcessEngine(policy)
+    engine.publish(params, 1)
+    prompts, seeds = (PROMPTS * 3)[:8], list(range(8))
+    whole = engine.generate(prompts, GREEDY, seeds)
+    compiled = sampler._prefill._cache_size()
+    for count in range(1, 8):
+        groups = engine.generate(prompts[:count], GREEDY, seeds[:count])
+        assert len(groups) == count
+        for group, same in zip(groups, whole, strict=False):
+            assert_same(group.rollouts[0], same.rollouts[0])
+    assert sampler._prefill._cache_size() - compiled <= 2
 
 
 def test_what_is_submitted_comes_as_it_is_generated_unless_it_is_cancelled(engine):

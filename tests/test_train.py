@@ -29,6 +29,7 @@ SMALL = [  # a few seconds, through every part
     "--data.held_out=16",
     "--optimizer.warmup_steps=2",
 ]
+JSONL = ("--data.source=jsonl", "--data.task=null", "--reward.kind=exact")
 STEP_METRICS = (
     "step reward/mean reward/std loss entropy grad_norm clip_fraction mismatch/mean_abs_dlogp "
     "mismatch/k3 lag/max tokens_per_s/rollout tokens_per_s/train time/rollout_s time/update_s "
@@ -112,10 +113,35 @@ def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def choosy(tmp_path_factory) -> list[str]:
+    """Arguments of runs of a few steps that have everything to remember which a run can have: what
+    they learned of the rows of a file that they go through more than once, too."""
+    import reasoning_gym
+
+    task = yaml.safe_load(CONFIG.read_text())["data"]["task_args"]
+    sums = reasoning_gym.create_dataset("chain_sum", seed=1, size=40, **task)
+    rows = [{"prompt": entry["question"], "answer": entry["answer"]} for entry in sums]
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *JSONL,
+        "--data.task_args={}",
+        f"--data.path={path}",
+        "--data.easy=0.75",
+        "--data.hard=0.25",
+        "--rollout.resample_equal=true",
+        "--rollout.max_resample=1",
+        "--run.steps=6",
+        "--checkpoint.every_steps=2",
+        "--eval.every_steps=3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, choosy) -> Path:
     """An uninterrupted run of 6 steps."""
     folder = tmp_path_factory.mktemp("finished")
-    train(*small(folder, "--run.steps=6", "--checkpoint.every_steps=2", "--eval.every_steps=3"))
+    train(*small(folder, *choosy))
     return folder / "run"
 
 
@@ -131,6 +157,7 @@ def test_a_run_leaves_what_the_readme_lists(finished):
     assert evaluated == [0, 3, 6]
     versions = [line["weights/version"] for line in lines]
     assert versions == sorted(set(versions))
+    assert lines[-1]["data/easy"] > 0 and lines[-1]["data/cursor"] > 24  # rows of an epoch
 
     assert yaml.safe_load((finished / "config.yaml").read_text())["run"]["steps"] == 6
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
@@ -155,10 +182,10 @@ def test_the_export_is_the_trained_policy_and_transformers_opens_it(finished):
     assert not np.array_equal(start.get_input_embeddings().weight.detach().float(), embedding)
 
 
-def test_a_killed_and_resumed_run_ends_bitwise_like_an_uninterrupted_one(finished, tmp_path):
-    arguments = small(
-        tmp_path, "--run.steps=6", "--checkpoint.every_steps=2", "--eval.every_steps=3"
-    )
+def test_a_killed_and_resumed_run_ends_bitwise_like_an_uninterrupted_one(
+    finished, choosy, tmp_path
+):
+    arguments = small(tmp_path, *choosy)
     with subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
     ) as process:
@@ -180,7 +207,8 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_an_uninterrupted_one(finishe
         )
 
     book = replay(tmp_path / "run" / "ledger.jsonl")
-    assert book.trained == book.dispatched == 6 * 8 * 4 and not book.outstanding
+    assert book.trained == 6 * 8 * 4 and not book.outstanding
+    assert book.dispatched == book.trained + book.dropped["equal_rewards"] > book.trained
 
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(7))
@@ -194,7 +222,9 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_an_uninterrupted_one(finishe
         assert {key: ours.get(key) for key in same} == {key: theirs.get(key) for key in same}
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    finished, choosy, tmp_path
+):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     newest = run / "checkpoints" / "step_00000006"
@@ -202,19 +232,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    arguments = small(tmp_path, "--checkpoint.every_steps=2", "--eval.every_steps=3")
-
-    done = train(*arguments, "--run.steps=6", "--resume")
+    done = train(*small(tmp_path, *choosy), "--resume")
     assert "step_00000006" in done.stderr and victim.name in done.stderr
     assert "resumed after step 4" in done.stdout
     for path, array in arrays(finished, 6).items():
         np.testing.assert_array_equal(array, arrays(run, 6)[path], err_msg=path)
 
 
-def test_a_finished_run_says_so_instead_of_training_nothing(finished, tmp_path):
+def test_a_finished_run_says_so_instead_of_training_nothing(finished, choosy, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    arguments = small(tmp_path, "--checkpoint.every_steps=2", "--eval.every_steps=3")
-    done = train(*arguments, "--run.steps=6", "--resume", code=2)
+    done = train(*small(tmp_path, *choosy), "--resume", code=2)
     assert "the run is complete" in done.stderr and "--run.steps" in done.stderr
 
 
@@ -333,7 +360,6 @@ def written(folder: Path, text: str, name: str = "file") -> Path:
     return path
 
 
-JSONL = ("--data.source=jsonl", "--data.task=null", "--reward.kind=exact")
 BAD_INPUT = {
     "missing model": lambda f: (["--model.path", f"{f}/nothing"], "there is no such directory"),
     "not a model": lambda f: (["--model.path", str(f)], "config.json"),
