@@ -138,9 +138,7 @@ class Pending:
     future: Future[Group]
     judged: Judged | None = None  # once it is finished
     reward: float = math.nan  # the mean of its main ones that are known
-    equal: bool = (
-        False  # all its sums are, or fewer than two are known: there is nothing to compare
-    )
+    equal: bool = False  # all sums are, or fewer than two are known: there is nothing to compare
 
 
 @dataclass
@@ -295,7 +293,7 @@ class Collector:
         return chosen
 
     def _hear(self) -> None:
-        """Waits for the next thing that ends, and sees to it and to what else has."""
+        """Waits for the next thing that ends, and sees to it."""
         left = None  # what else is waited for has a deadline of its own
         if self._under_way:
             left = max(0.0, self._heard + self._timeout_s - time.monotonic())
@@ -308,28 +306,23 @@ class Collector:
                 f"{len(self._under_way)} are under way, prompts {named}, ...: the engines hang, or "
                 "need longer for one than that"
             ) from None
-        self._see_to(ended)
-        while not self._events.empty():
-            self._see_to(self._events.get())
-        self._fill()
-
-    def _see_to(self, ended: Future[Any]) -> None:
         pending = self._under_way.pop(ended, None)
-        if pending is None:
-            return
-        group = ended.result()
-        if self._pending.get(pending.prompt.id) is pending:
-            pending.deadline = self._next - lag([group], self._next) + self._max_lag
-            self._value(pending, group)
-            self._drop_equal()
-            self._give_up_late()
-        self._heard = time.monotonic()  # judging may take its time
+        if pending is not None:
+            group = ended.result()
+            if self._pending.get(pending.prompt.id) is pending:
+                pending.deadline = self._next - lag([group], self._next) + self._max_lag
+                self._value(pending, group)
+                self._drop_equal()
+                self._give_up_late()
+            self._heard = time.monotonic()  # judging may have taken its time
+        self._fill()
 
     def _value(self, pending: Pending, group: Group) -> None:
         """Has a finished group judged, and notes what its prompt is worth."""
         start = time.perf_counter()
-        pending.judged = judged = self._judge(group)
+        pending.judged = self._judge(group)
         self._judging.seconds += time.perf_counter() - start
+        judged = pending.judged
         known = judged.rewards_G[np.isfinite(judged.rewards_G)]
         pending.equal = known.size < 2 or bool(np.ptp(known) <= EQUAL)
         main = judged.rewards_GR[:, 0].astype(np.float64)

@@ -31,7 +31,7 @@ class Curriculum:
         self._easy = np.inf if c.easy is None else c.easy
         self._hard = -np.inf if c.hard is None else c.hard
         self._revisit, self._warned = c.revisit, False
-        self._reward = np.full(rows, np.nan)  # NaN: not sampled yet
+        self._reward = np.full(rows, np.nan)  # NaN: not sampled yet, or unknown
         self._epoch = np.zeros(rows, np.int64)  # in which it was asked for then
         self._never = np.zeros(rows, bool)
         self._places: dict[int, np.ndarray] = {}  # by epoch, until something changes
@@ -49,10 +49,9 @@ class Curriculum:
 
     def measured(self, index: int, reward: float) -> None:
         """The completions of this index had this mean reward; NaN: nobody knows."""
-        if not np.isnan(reward):
-            epoch, row = self._row(index)
-            self._reward[row], self._epoch[row] = reward, epoch
-            self._places.clear()
+        epoch, row = self._row(index)
+        self._reward[row], self._epoch[row] = reward, epoch
+        self._places.clear()
 
     def never(self, index: int) -> None:
         """The row at this index cannot be asked for: it is held out, or too long."""
