@@ -132,7 +132,7 @@ def open_run(run_dir: Path, config_yaml: str, resume: bool) -> RunDir:
     with contextlib.ExitStack() as undo:
         lock = _lock(run_dir)
         undo.callback(os.close, lock)
-        changes = _accept_changes(saved, config_yaml) if resume else _refuse_used(run_dir)
+        changes = accept_changes(saved, config_yaml) if resume else _refuse_used(run_dir)
         try:
             durable.write_file(saved, config_yaml)
             for name in ("checkpoints", "samples", "tensorboard"):
@@ -233,8 +233,9 @@ def _refuse_used(run_dir: Path) -> list[str]:
     return []
 
 
-def _accept_changes(saved: Path, config_yaml: str) -> list[str]:
-    """The differences to the saved configuration; refuses those that make it another run."""
+def accept_changes(saved: Path, config_yaml: str) -> list[str]:
+    """The differences to the saved configuration, "key: old -> new"; raises RunDirError for those
+    that make it another run."""
     try:
         old = dict(_flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -116,7 +116,7 @@ def load(path: Path, overrides: Sequence[tuple[str, str]] = (), kind: type[C] = 
     Raises:
       ConfigError: with every problem found, a line each.
     """
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     problems: list[str] = []
     for key, text in overrides:
         _apply(tree, key, text, problems, kind)
@@ -208,7 +208,8 @@ def _show(value: Any) -> str:
     return "default: " + yaml.safe_dump(value, default_flow_style=True).split("\n...")[0].strip()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError, with the line where there is one."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

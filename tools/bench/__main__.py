@@ -4,6 +4,7 @@
     python -m tools.bench sample      the in-process engine, tokens/s
     python -m tools.bench logprobs    log-probs of every token, forward alone
     python -m tools.bench step        rollouts, advantages, packing, update, publish
+    python -m tools.bench loss        what each policy loss adds to the update
     python -m tools.bench update      the gradient of the demo: how it is computed, and how rows lie
     python -m tools.bench sampler     the in-process engine beside one vLLM engine
     python -m tools.bench convert     files -> sharded parameters, and tensors -> files
@@ -12,7 +13,7 @@
     python -m tools.bench fleet       the engines: beside vLLM, shared prompts, recovery, modes
     python -m tools.bench delta       what changed in a tensor: compared, packed, applied, merged
 
-The first four do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
+The first five do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
 `--prompt-tokens` tokens, `--group` completions of each, of `--new` tokens (`--ragged`: of 1 to
 --new). Times drift with the machine: each is the median of several, between measurements of a
 plain matrix product, and what counts is the ratio.
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from jaxrl.types import UserError
 
-FIXED = ("train", "sample", "logprobs", "step")
+FIXED = ("train", "sample", "logprobs", "step", "loss")
 
 
 def main() -> int:
@@ -95,7 +96,12 @@ def main() -> int:
             options.new,
             options.ragged,
         )
-        record = bench(options.what, work, options.repeat)
+        if options.what == "loss":
+            from tools.bench.loss import bench_loss
+
+            record = bench_loss(work, options.repeat)
+        else:
+            record = bench(options.what, work, options.repeat)
         if options.json is not None:
             options.json.write_text(json.dumps(record, indent=2) + "\n")
         return 0

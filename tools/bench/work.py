@@ -166,7 +166,7 @@ def matmul_rate(times: int = 3) -> float:
     return times * 2 * MATMUL**3 / (time.perf_counter() - start)
 
 
-class _Learner:
+class Learner:
     """What `jaxrl.train` builds on one device, from random weights."""
 
     def __init__(self, work: Work) -> None:
@@ -199,7 +199,7 @@ class _Learner:
 
 
 def _train(work: Work) -> Case:
-    learner, groups = _Learner(work), work.groups()
+    learner, groups = Learner(work), work.groups()
     facts = {"flops": work.flops(3), "rows": lambda: learner.rows}
     return lambda: learner.update(groups), facts
 
@@ -233,7 +233,7 @@ def _logprobs(work: Work) -> Case:
 
 
 def _step(work: Work) -> Case:
-    learner = _Learner(work)
+    learner = Learner(work)
     engine = InProcessEngine(learner.policy)
     seconds: dict[str, list[float]] = {"rollout_s": [], "update_s": []}
     versions = iter(range(1, 10_000))
