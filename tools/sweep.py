@@ -275,13 +275,12 @@ def measured(seed: int, lines: Sequence[Mapping[str, Any]], target: float) -> Re
     def values(name: str) -> list[float]:
         return [line[name] for line in lines if line.get(name) is not None]
 
-    accuracies = [(line["step"], line.get("eval/accuracy")) for line in lines]
-    reached = [step for step, accuracy in accuracies if (accuracy or 0.0) >= target]
+    reached = [line["step"] for line in lines if (line.get("eval/accuracy") or 0.0) >= target]
     return Result(
         seed=seed,
-        accuracy=next(iter(values("eval/accuracy")[::-1]), None),
-        steps_to_target=next(iter(reached), None),
-        reward=next(iter(values("reward/mean")[::-1]), None),
+        accuracy=(values("eval/accuracy") or [None])[-1],
+        steps_to_target=(reached or [None])[0],
+        reward=(values("reward/mean") or [None])[-1],
         lag_mean=over(statistics.fmean, values("lag/mean")),
         lag_max=over(max, values("lag/max")),
         seconds=over(sum, values("time/step_s")),

@@ -1,5 +1,6 @@
 """A sweep runs what it should, once, also when it is killed; its table is what the runs wrote."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ COMMON = {  # a second, through every part
     "data.held_out": 16,
     "optimizer.warmup_steps": 2,
     "eval.every_steps": 3,
-    "log.tensorboard": False,
+    "log.samples_per_step": 2,
 }
 FILE = {
     "config": "configs/arithmetic_inprocess.yaml",
@@ -33,7 +35,7 @@ FILE = {
     "seeds": [0],
     "target": 0.3,
     "runs": {
-        "rloo": {"algorithm.preset": "rloo"},
+        "rloo": {"algorithm.preset": "rloo", "log.samples_per_step": 0},
         "lost": {"model.path": "no|where"},
     },
 }
@@ -45,6 +47,13 @@ def command(file: Path, out: Path, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def command_lines() -> Iterator[str]:
+    """Of all processes."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            yield file.read_text(errors="replace")
 
 
 def metrics(run: Path) -> list[dict]:
@@ -89,7 +98,7 @@ def test_a_run_that_was_cut_short_goes_on(swept):
     assert [line["step"] for line in metrics(run)] == list(range(STEPS + 1))
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["run"] == {"name": run.name, "dir": str(out), "steps": STEPS, "seed": 0}
-    assert saved["algorithm"]["preset"] == "rloo"
+    assert saved["algorithm"]["preset"] == "rloo" and saved["log"]["samples_per_step"] == 0
 
 
 def test_a_run_that_fails_is_a_row_that_says_why(swept):
@@ -145,11 +154,19 @@ def test_the_table_is_what_finished_runs_wrote_and_none_is_run_again(swept, tmp_
         f"{seconds:.0f}",
     ]
     record = json.loads((out / "table.json").read_text())["runs"]["rloo"]
-    assert record["overrides"] == {"algorithm.preset": "rloo"}
+    assert record["overrides"] == FILE["runs"]["rloo"]
     assert [of_seed["steps_to_target"] for of_seed in record["seeds"]] == [reached, None]
     assert [of_seed["accuracy"] for of_seed in record["seeds"]] == [
         lines[-1]["eval/accuracy"] for lines in (real, made_up)
     ]
+
+
+def test_a_run_that_is_late_is_ended_and_says_so(tmp_path, capsys):
+    file, out = tmp_path / "file.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({**FILE, "deadline_s": 0.1}))
+    assert sweep.main([str(file), "--out", str(out), "--only", "rloo"]) == 1
+    assert "deadline_s = 0.1" in table((out / "table.md").read_text())["rloo"][0]
+    assert not [line for line in command_lines() if f"--run.dir={out}" in line]
 
 
 def test_another_configuration_in_the_same_directory_is_refused(swept, tmp_path, capsys):
