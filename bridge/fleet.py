@@ -35,6 +35,7 @@ _QUARANTINES = 2  # of engines in one place, and it is left empty: it is not the
 _EXAMINE_SHARE = 0.9  # of the time for an answer, so that one who is late can say so
 _POLL_S = 0.5  # for which an engine with nothing new to say keeps its answer
 _TURN_S = 0.2  # between two looks at the deadlines, at most
+_NODE_DIED = "its node has died"  # of Ray's account of a dead actor
 _LONG_TURN_S = 1.0  # what a turn counts at most: a driver that was stopped finds no engine late
 
 
@@ -586,6 +587,8 @@ class Fleet:
         else:
             reason = f"{engine.name} failed: {doing}: {_cause(error)}"
         with self._changing():
+            # For seconds Ray takes a node that died for one with room, and gives it new actors.
+            engine.unplaced = not engine.has_process and _NODE_DIED in str(error)
             self._end(engine, reason)
         return engine.reason or reason
 
@@ -614,7 +617,7 @@ class Fleet:
         quarantines = sum(e.state is EngineState.QUARANTINED for e in had)
         if quarantines >= _QUARANTINES:
             then = "not replaced: it is the second in its place that did not hold what it was sent"
-        elif len(had) > self._settings.max_restarts:
+        elif sum(not e.unplaced for e in had) > self._settings.max_restarts:
             then = f"not replaced: vllm.max_restarts = {self._settings.max_restarts} is reached"
         else:
             then = f"{self._launch(engine.slot).name} starts in its place"
@@ -681,7 +684,9 @@ def _outcome(reference: Any) -> Any:
 
 def _how_it_died(error: RayActorError) -> str:
     """Ray's account of a dead actor, without its guesses at the cause."""
-    return str(error).strip().splitlines()[-1].split(" Some common causes")[0].strip()
+    lines = str(error).strip().splitlines()
+    of_node = [line for line in lines if _NODE_DIED in line]
+    return [*lines, *of_node][-1].split(" Some common causes")[0].strip()
 
 
 def _cause(error: Exception) -> str:

@@ -43,6 +43,7 @@ class Engine:
     actor: Any = None
     pending: Any = None  # the result of a first call, then of `start`, then of each `poll`
     has_process: bool = False
+    unplaced: bool = False  # it never had one: it was to run on a node that had died
     sending: dict[Any, list[str]] = dataclasses.field(default_factory=dict)  # requests, by message
     unwanted: set[str] = dataclasses.field(default_factory=set)  # requests it is to drop
     ready_by: float = math.inf  # counts from when there is a process

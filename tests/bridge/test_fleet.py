@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -675,3 +677,45 @@ def test_servers_are_the_first_engines_and_take_no_cpu(scripted, monkeypatch):
     assert [infos[f"engine-{i}"].get("url") for i in range(3)] == ["http://a:1", "http://b:2", None]
     assert [infos[f"engine-{i}"].get("cpus") for i in range(2)] == [0, 0]
     assert {group.engine for group in generate(fleet, 12)} == set(infos)
+
+
+@pytest.fixture
+def add_node(ray_cluster, tmp_path):
+    """add_node(cpus): one more node for the cluster, on this machine. Returns before it has joined;
+    what is called returns its raylet, once there is one."""
+    started = []
+
+    def add(cpus):
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+        command += [f"--address={ray.get_runtime_context().gcs_address}", f"--num-cpus={cpus}"]
+        command += [f"--object-store-memory={80 << 20}"]
+        log = (tmp_path / f"node-{len(started)}.log").open("w")
+        started.append(subprocess.Popen(command, stdout=log, stderr=log))
+        keeper = psutil.Process(started[-1].pid)
+        return lambda: next(child for child in keeper.children() if child.name() == "raylet")
+
+    yield add
+    for process in started:
+        process.terminate()
+        process.wait(30)
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)  # no engine is put there
+
+
+def test_a_node_that_joins_serves_and_what_it_had_when_it_died_is_for_the_next(
+    add_node, scripted, warnings
+):
+    """Ray takes seconds to find out: it puts the engine that replaces the first on the dead node,
+    which is none of the replacements that there may be."""
+    cpus = 2 * int(ray.cluster_resources()["CPU"])  # more than there are
+    raylet = add_node(cpus)
+    hangs = {"engine-0": {"generate": "hang"}}
+    fleet = scripted(1, hangs, cpus_per_engine=cpus, max_restarts=1)
+    fleet.newcomers = lambda name: fleet.admit(name, 1)
+    futures = submit(fleet, 3)
+    wait_until(lambda: fleet.status()["fleet/running"] == 6)
+    raylet().kill()
+    wait_until(lambda: fleet.failures)
+    assert fleet.failures["engine-0"].startswith("engine-0 died: sampling 3 prompts")
+    add_node(cpus)
+    assert_each_came_back_once(results(futures), 3)
+    assert fleet.alive == fleet.serving and len(fleet.alive) == 1, warnings
