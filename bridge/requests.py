@@ -46,7 +46,7 @@ class Requests:
         name = f"{request.prompt.id}-{next(self._numbers)}"
         asked = self._asked[name] = Asked(request, version, Future())
         rank = Rank.URGENT if urgent else Rank.NEXT
-        self.schedule.add(name, request.sampling.n, version, rank)
+        self.schedule.add(name, request.sampling.sequences, version, rank)
         return name, asked.future
 
     def assign(
@@ -123,7 +123,8 @@ class Requests:
             else:
                 asked.withheld = None
                 self.requeued += 1
-                self.schedule.add(name, asked.request.sampling.n, asked.version, Rank.AGAIN)
+                sequences = asked.request.sampling.sequences
+                self.schedule.add(name, sequences, asked.version, Rank.AGAIN)
 
     def engine_ended(self, engine: Engine) -> None:
         """All that it had, or that was withheld, is sampled again by others, with the same seeds.

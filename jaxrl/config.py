@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from jaxrl.objectives.choices import ADVANTAGES, LOSSES, PRESETS, resolved
+from jaxrl.types import MOST_BEAMS
 
 
 def knob(default: Any, meaning: str, *, unit: str = "", **bounds: Any) -> Any:
@@ -639,6 +640,13 @@ class RolloutEvalSection(EvalSection):
     temperature: float = knob(0.0, "sampling temperature of evaluation; 0: greedy", ge=0.0)
     top_p: float = knob(1.0, "nucleus sampling in evaluation; 1.0: off", gt=0.0, le=1.0)
     top_k: int = knob(0, "top-k sampling in evaluation; 0: off", ge=0)
+    beams: int = knob(
+        1,
+        "evaluation takes the best completion of a beam search of this width; 1: off",
+        unit="beams",
+        ge=1,
+        le=MOST_BEAMS,
+    )
     max_new_tokens: int | None = knob(
         None,
         "length limit of a completion in evaluation; default: rollout.max_new_tokens",
@@ -941,18 +949,7 @@ def _contradictions_of_rollouts(c: Config) -> list[str]:
                 "the trainer, which sees the whole vocabulary, cannot reproduce, so every "
                 f"importance ratio would be biased; leave it at {off} (off)"
             )
-    for key, off in (("top_p", 1.0), ("top_k", 0)):
-        value = getattr(c.eval, key)
-        if value != off and c.rollout.engine == "inprocess":
-            found.append(
-                f"eval.{key} = {value} with rollout.engine = inprocess, which has no such option; "
-                f"leave it at {off} (off)"
-            )
-        elif value != off and c.eval.temperature == 0:
-            found.append(
-                f"eval.{key} = {value} with eval.temperature = 0: a greedy completion has nothing "
-                f"to draw from; set eval.temperature, or leave it at {off} (off)"
-            )
+    found += _contradictions_of_evaluation(c)
     mode, max_lag = c.rollout.mode, c.max_lag
     if mode != "synchronous" and c.rollout.engine == "inprocess":
         found.append(
@@ -1007,6 +1004,33 @@ def _contradictions_of_rewards(c: Config) -> list[str]:
     return found
 
 
+def _contradictions_of_evaluation(c: Config) -> list[str]:
+    found = []
+    for key, off in (("top_p", 1.0), ("top_k", 0), ("beams", 1)):
+        value = getattr(c.eval, key)
+        if value == off:
+            continue
+        if c.rollout.engine == "inprocess":
+            found.append(
+                f"eval.{key} = {value} with rollout.engine = inprocess, which has no such option; "
+                f"leave it at {off} (off)"
+            )
+        elif c.eval.beams == 1 and c.eval.temperature == 0:
+            found.append(
+                f"eval.{key} = {value} with eval.temperature = 0: a greedy completion has nothing "
+                f"to draw from; set eval.temperature, or leave it at {off} (off)"
+            )
+    draws = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    drawn = {key: value for key, off in draws.items() if (value := getattr(c.eval, key)) != off}
+    if c.eval.beams > 1 and drawn:
+        found.append(
+            f"eval.beams = {c.eval.beams} with "
+            f"{', '.join(f'eval.{key} = {value}' for key, value in drawn.items())}: a beam search "
+            "draws nothing; leave that out, or set eval.beams = 1"
+        )
+    return found
+
+
 def _contradictions_of_servers(c: Config) -> list[str]:
     if not c.vllm.servers:
         nobody = c.vllm.engines == 0 and c.rollout.engine == "vllm"
@@ -1021,6 +1045,11 @@ def _contradictions_of_servers(c: Config) -> list[str]:
         found.append(
             f"lora.rank = {c.lora.rank} with vllm.servers: adapters are not brought to servers; "
             "use vllm.engines, or train all weights"
+        )
+    if c.eval.beams > 1:
+        found.append(
+            f"eval.beams = {c.eval.beams} with vllm.servers, which are asked for no beam search; "
+            "use vllm.engines, or set eval.beams = 1"
         )
     return found
 

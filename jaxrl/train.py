@@ -264,6 +264,7 @@ def evaluate(parts: Parts, collector: Collector) -> float:
         parts.stop_tokens,
         top_p=c.eval.top_p,
         top_k=c.eval.top_k,
+        beams=c.eval.beams,
     )
     groups = collector.ask(requests_for(c.run.seed, parts.held_out, sampling))
     judged = [judge(parts, group, 1) for group in groups]

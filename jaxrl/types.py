@@ -53,6 +53,9 @@ class Example(Prompt):
     completion: tuple[int, ...]  # its end-of-sequence token included
 
 
+MOST_BEAMS = 64  # of one search
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn: from softmax(logits / temperature), unless an option below `n`
@@ -60,6 +63,8 @@ class Sampling:
 
     `temperature` 0 is greedy. A completion ends with the first of `stop_tokens`, which is kept as
     its last token, with the token that completes one of `stop_strings`, or after `max_new_tokens`.
+    With `beams` > 1 nothing is drawn: they are the n best that a beam search of that width finds
+    (`bridge.beam`), which wants temperature 0 and no option of the distribution.
     """
 
     n: int  # completions of each prompt
@@ -74,12 +79,19 @@ class Sampling:
     bad_words: tuple[str, ...] = ()  # never sampled
     regex: str | None = None  # that a completion must match
     json_schema: str | None = None  # that a completion must satisfy, as JSON
+    beams: int = 1  # of a beam search, n to MOST_BEAMS; 1: off
 
     @property
     def exact(self) -> bool:
-        """Whether log-probs are those of softmax(logits / temperature), as a trainer has them."""
+        """Whether completions are drawn from softmax(logits / temperature), as a trainer has it."""
         plain = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
-        return plain and not self.bad_words and self.regex is None and self.json_schema is None
+        free = not self.bad_words and self.regex is None and self.json_schema is None
+        return plain and free and self.beams == 1
+
+    @property
+    def sequences(self) -> int:
+        """That an engine computes at once for a request."""
+        return max(self.n, self.beams)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

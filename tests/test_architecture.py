@@ -21,6 +21,7 @@ LAYERS = [  # a module imports only from rows above its own
         "bridge.engines.errors",
     ],
     [
+        "bridge.beam",
         "jaxrl.durable",
         "jaxrl.config",
         "jaxrl.report",
@@ -98,6 +99,7 @@ NEVER_REACHES = {  # directly or through others
     "bridge.wire": HEAVY,
     "bridge.delta": HEAVY,
     "bridge.guard": HEAVY,
+    "bridge.beam": HEAVY,
     "bridge.names": HEAVY,
     "bridge.safetensors_files": HEAVY,
     "bridge.peft": HEAVY,

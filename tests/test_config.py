@@ -175,12 +175,21 @@ def test_all_problems_are_reported_at_once_contradictions_too(tmp_path):
             ["eval.top_k = 5", "leave it at 0"],
         ),
         ({"eval__top_p": 0.5}, ["eval.top_p = 0.5", "set eval.temperature"]),
+        (
+            {"eval__beams": 4, "eval__temperature": 0.5, "eval__top_p": 0.5},
+            ["eval.beams = 4 with eval.temperature = 0.5, eval.top_p = 0.5", "set eval.beams = 1"],
+        ),
+        ({"eval__beams": 4, "rollout__engine": "inprocess"}, ["eval.beams = 4", "leave it at 1"]),
         ({"vllm__engines": {"min": 3, "max": 2}}, ["vllm.engines: min = 3 is more than max = 2"]),
         ({"vllm__engines": 0}, ["vllm.engines = 0 without vllm.servers"]),
         ({"vllm__servers": ["http://a:1"]}, ["set publish.channel = shuttle"]),
         (
             {"vllm__servers": ["http://a:1"], "publish__fallback": "shuttle", "lora__rank": 2},
             ["lora.rank = 2", "use vllm.engines"],
+        ),
+        (
+            {"vllm__servers": ["http://a:1"], "publish__fallback": "shuttle", "eval__beams": 2},
+            ["eval.beams = 2", "use vllm.engines"],
         ),
     ],
 )

@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 
 from bridge.channels import Ticket
-from bridge.engines.errors import EngineDead, EngineError, require_served, require_staged
+from bridge.engines.errors import (
+    EngineDead,
+    EngineError,
+    RequestRefused,
+    require_served,
+    require_staged,
+)
 from bridge.engines.intake import Intake, Samples, siblings
 from bridge.engines.sampling import check_tokens, sampling_of
 from bridge.engines.servers import About, Client, Counters, Server, server_at
@@ -222,6 +228,12 @@ class HttpEngine:
         self._require_running()
         require_served(self._name, self._version, request["version"])
         sampling = sampling_of(request, self._about.tokenizer)
+        if sampling.beams > 1:
+            raise RequestRefused(
+                f"beams {sampling.beams}: {self._name} is a server, and those are not asked for a "
+                "beam search; sample with engines of the run's own (vllm.engines), or set beams to "
+                "1"
+            )
         tokens, seed = list(request["tokens"]), request["seed"]
         self._check_tokens(tokens, new=sampling.max_new_tokens)
         return [self._server.sample(tokens, sampling, seed + i) for i in range(sampling.n)]

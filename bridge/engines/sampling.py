@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.engines.errors import RequestRefused
-from jaxrl.types import Sampling
+from jaxrl.types import MOST_BEAMS, Sampling
 
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and would sample something else
 _FIELDS = {field.name for field in dataclasses.fields(Sampling)}
@@ -18,6 +18,7 @@ def sampling_of(request: Mapping[str, Any], tokenizer: bool) -> Sampling:
     Raises:
       RequestRefused: an option that vLLM would change or pass over in silence: a temperature that
         it does not have, or one about text while it has no `tokenizer`. It refuses the others.
+        Options that a beam search does not go with.
     """
     sampling = Sampling(**{name: request[name] for name in _FIELDS & request.keys()})
     temperature = sampling.temperature
@@ -36,7 +37,24 @@ def sampling_of(request: Mapping[str, Any], tokenizer: bool) -> Sampling:
             f"{', '.join(of_text)}: the engine works on tokens alone, and has no text to look at; "
             "start it with EngineSettings.tokenizer and the tokenizer's files"
         )
+    if sampling.beams != 1:
+        _check_beams(sampling)
     return sampling
+
+
+def _check_beams(sampling: Sampling) -> None:
+    if not sampling.n <= sampling.beams <= MOST_BEAMS:
+        raise RequestRefused(
+            f"beams {sampling.beams}: give as many as completions (n {sampling.n}) or more, "
+            f"and {MOST_BEAMS} at most"
+        )
+    alone = dataclasses.replace(sampling, beams=1)
+    if sampling.temperature != 0 or not alone.exact or sampling.stop_strings:
+        raise RequestRefused(
+            f"beams {sampling.beams}: a beam search draws nothing, and knows no option but n, "
+            "max_new_tokens and stop_tokens; set temperature to 0 and leave the others out, or "
+            "beams to 1"
+        )
 
 
 def check_tokens(tokens: Sequence[int], new: int, max_model_len: int, vocab_size: int) -> None:
@@ -54,8 +72,9 @@ def check_tokens(tokens: Sequence[int], new: int, max_model_len: int, vocab_size
         )
 
 
-def sampling_params(sampling: Sampling, seed: int) -> Any:
-    """vLLM's SamplingParams of one completion.
+def sampling_params(sampling: Sampling, seed: int, likeliest: int = 0) -> Any:
+    """vLLM's SamplingParams of one completion, which comes with the log-probs of so many other
+    tokens at each place, the likeliest there.
 
     A bad word is what the tokenizer makes of it, alone and behind a space: the same letters from
     other tokens may come.
@@ -82,7 +101,7 @@ def sampling_params(sampling: Sampling, seed: int) -> Any:
         detokenize=bool(sampling.stop_strings),
         bad_words=list(sampling.bad_words),
         structured_outputs=structure,
-        logprobs=0,  # of the sampled token, and of no other
+        logprobs=likeliest,  # beside the sampled token's
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # nobody else uses it

@@ -9,17 +9,19 @@ class without having vLLM.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from bridge.beam import Beam, Search
 from bridge.engines.errors import (
     EngineDead,
     EngineError,
@@ -30,7 +32,7 @@ from bridge.engines.errors import (
 from bridge.engines.intake import Intake, siblings
 from bridge.engines.sampling import check_tokens, sampling_of, sampling_params
 from bridge.guard import guarded
-from jaxrl.types import Sampling
+from jaxrl.types import MOST_BEAMS, Sampling
 
 _STEP_TOKENS = 2048  # prompt tokens that a CPU engine takes on in one step, at least
 _POLL_S = 0.01
@@ -184,7 +186,7 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 # Log-probabilities of the distribution that was sampled from, temperature applied.
                 logprobs_mode="processed_logprobs",
-                max_logprobs=1,
+                max_logprobs=2 * MOST_BEAMS,
                 disable_log_stats=True,  # but for our own counters
                 weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
                 worker_extension_cls="bridge.engines.weight_transfer.BridgeWorker",
@@ -420,7 +422,7 @@ class VllmEngine:
         Args:
           request: tokens, seed, version and the fields of `Sampling`; options that it does not name
             are off. Sibling i is sampled with seed + i. Temperature 0 is greedy, and its
-            log-probabilities are those of temperature 1.
+            log-probabilities are those of temperature 1. Of a beam search sibling 0 is the best.
 
         Returns:
           One dict for each sibling: tokens int32, logprobs float32 nats of the sampling
@@ -441,6 +443,10 @@ class VllmEngine:
         sampling = sampling_of(request, self._settings.tokenizer)
         tokens, seed = request["tokens"], request["seed"]
         self._check_tokens(tokens, new=sampling.max_new_tokens)
+        if sampling.beams > 1:
+            # Begun by the first sibling that runs: a task that nobody awaits is never cancelled.
+            search = functools.cache(lambda: asyncio.create_task(self._search(tokens, sampling)))
+            return [self._found(search, rank, seed) for rank in range(sampling.n)]
         with self._plain_errors():
             params = [sampling_params(sampling, seed + sibling) for sibling in range(sampling.n)]
         return [self._sample(tokens, own) for own in params]
@@ -449,6 +455,56 @@ class VllmEngine:
         with self._plain_errors():
             output = await self._run(tokens, params)
         return self._result(output.outputs[0], params.seed)
+
+    async def _search(self, tokens: list[int], sampling: Sampling) -> tuple[tuple[Beam, ...], int]:
+        """The best completions, and the version that all of their tokens are of: if it changes
+        under way, the search begins anew."""
+        versions: set[int] = set()
+        search = Search(len(tokens), sampling)
+        while not search.over:
+            likeliest = min(search.wanted, self._vocab_size)
+            asked = [self._next(tokens, beam, sampling, likeliest) for beam in search.live]
+            steps = await siblings(asked, straggler_s=None)
+            versions.update(step["version"] for step in steps)
+            if len(versions) == 1:
+                search = search.step([step["logprobs"] for step in steps])
+            else:
+                versions, search = set(), Search(len(tokens), sampling)
+        (version,) = versions
+        return search.completions(), version
+
+    async def _next(
+        self, tokens: list[int], beam: Beam, sampling: Sampling, likeliest: int
+    ) -> dict[str, Any]:
+        """The log-probs of so many tokens that may follow a beam, the likeliest first, and the
+        version that they are of. What beams have in common is in the prefix cache."""
+        with self._plain_errors():
+            params = sampling_params(dataclasses.replace(sampling, max_new_tokens=1), 0, likeliest)
+            output = await self._run([*tokens, *beam.tokens], params)
+        (completion,) = output.outputs
+        (version,) = self._versions(completion)
+        flat = completion.logprobs
+        logprobs = dict(zip(flat.token_ids, flat.logprobs, strict=True))
+        return {"logprobs": logprobs, "version": int(version)}
+
+    async def _found(
+        self, search: Callable[[], Awaitable[tuple[tuple[Beam, ...], int]]], rank: int, seed: int
+    ) -> dict[str, Any]:
+        """One of the completions that a search finds, by its rank."""
+        found, version = await search()
+        if rank >= len(found):
+            raise RequestRefused(
+                f"{self._name}: there are only {len(found)} completions of so few tokens; ask for "
+                "fewer, or for longer ones"
+            )
+        beam = found[rank]
+        return {
+            "tokens": np.array(beam.tokens, np.int32),
+            "logprobs": np.array(beam.logprobs, np.float32),
+            "versions": np.full(len(beam.tokens), version, np.int64),
+            "finish_reason": "stop" if beam.stopped else "length",
+            "seed": seed + rank,
+        }
 
     async def score(self, tokens: list[int]) -> np.ndarray:
         """Log-probability of each token given those before it, float32 [len(tokens)], nats.
@@ -492,24 +548,27 @@ class VllmEngine:
         return last
 
     def _result(self, completion: Any, seed: int) -> dict[str, Any]:
-        if completion.finish_reason not in _FINISHED:
-            raise EngineError(f"{self._name}: a completion ended with {completion.finish_reason!r}")
-        tokens = np.array(completion.token_ids, np.int32)
-        flat = completion.logprobs
+        versions, flat = self._versions(completion), completion.logprobs
         if flat.token_ids != list(completion.token_ids):
             raise EngineError(f"{self._name}: vLLM's log-probabilities are of other tokens")
-        versions = np.full(len(tokens), -1, np.int64)
-        for span in completion.weight_versions or []:
-            versions[span.start : span.end] = int(span.version)
-        if (versions < 0).any():
-            raise EngineError(f"{self._name}: vLLM did not say which weights sampled each token")
         return {
-            "tokens": tokens,
+            "tokens": np.array(completion.token_ids, np.int32),
             "logprobs": np.array(flat.logprobs, np.float32),
             "versions": versions,
             "finish_reason": completion.finish_reason,
             "seed": seed,
         }
+
+    def _versions(self, completion: Any) -> np.ndarray:
+        """Of each token of a completion, int64, if it came to its end."""
+        if completion.finish_reason not in _FINISHED:
+            raise EngineError(f"{self._name}: a completion ended with {completion.finish_reason!r}")
+        versions = np.full(len(completion.token_ids), -1, np.int64)
+        for span in completion.weight_versions or []:
+            versions[span.start : span.end] = int(span.version)
+        if (versions < 0).any():
+            raise EngineError(f"{self._name}: vLLM did not say which weights sampled each token")
+        return versions
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:

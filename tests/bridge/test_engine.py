@@ -21,14 +21,13 @@ psutil = pytest.importorskip("psutil")
 
 from bridge.channels.object_store import ObjectStoreChannel  # noqa: E402
 from bridge.channels.shuttle import ShuttleChannel  # noqa: E402
-from bridge.engines.vllm import (  # noqa: E402
+from bridge.engines.errors import (  # noqa: E402
     EngineDead,
     EngineError,
     RequestRefused,
     StaleVersion,
-    VllmEngine,
-    actor_environment,
 )
+from bridge.engines.vllm import VllmEngine, actor_environment  # noqa: E402
 
 PROMPT = [11, 3, 94, 27, 60]
 TEXT = [int(t) for t in np.random.default_rng(0).integers(0, VOCAB, 200)]
@@ -419,6 +418,84 @@ def test_a_completion_satisfies_the_json_schema(engine):
     answers = {"".join(map(chr, rollout["tokens"][:-1])) for rollout in rollouts}
     assert {json.loads(answer) for answer in answers} <= {"yes", "no", 42}
     assert {rollout["finish_reason"] for rollout in rollouts} == {"stop"}
+
+
+def searched(model, beams, longest, stop):
+    """All that a beam search of PROMPT ends with, the best first: worth, tokens."""
+    live, ended = [(0.0, ())], []
+    for _ in range(longest):
+        after = [
+            (total + row[token], (*tokens, int(token)))
+            for total, tokens in live
+            for row in [model.logprobs([*PROMPT, *tokens])[-1].astype(float)]
+            for token in np.argsort(-row)[: 2 * beams]
+        ]
+        ended += [(total, tokens) for total, tokens in after if tokens[-1] in stop]
+        live = sorted(((s, t) for s, t in after if t[-1] not in stop), reverse=True)[:beams]
+    whole = [(s / (len(PROMPT) + len(t) - (t[-1] in stop)), t) for s, t in ended + live]
+    return sorted(whole, reverse=True)
+
+
+def test_a_beam_search_finds_what_one_over_transformers_finds(engine, tiny):
+    stop = [36]  # makes the three best of three lengths
+    search = {"temperature": 0.0, "n": 3, "beams": 4, "max_new_tokens": 12, "stop_tokens": stop}
+    found = engine.generate(**search)
+    expected = searched(tiny, 4, 12, stop)[:3]
+    assert [tuple(c["tokens"].tolist()) for c in found] == [tokens for _, tokens in expected]
+    for rank, completion in enumerate(found):
+        logprobs = reference_logprobs(tiny, PROMPT, completion["tokens"], 1.0)
+        np.testing.assert_allclose(completion["logprobs"], logprobs, atol=1e-4)
+        assert set(completion["versions"].tolist()) == {engine.version}
+        ends = completion["tokens"][-1] in stop
+        assert completion["finish_reason"] == ("stop" if ends else "length")
+        assert completion["seed"] == 5 + rank
+    assert {c["finish_reason"] for c in found} == {"stop", "length"}
+    assert_same(engine.generate(**search), found)
+
+
+def test_a_wide_beam_search_finds_the_best_of_all_completions(engine, tiny):
+    first = tiny.logprobs(PROMPT)[-1]
+    ended, length = first[EOS] / len(PROMPT), len(PROMPT) + 2
+    worth = {(EOS,): ended}
+    for token in set(range(VOCAB)) - {EOS}:
+        after = first[token] + tiny.logprobs([*PROMPT, token])[-1]
+        worth |= {(token, last): after[last] / (length - (last == EOS)) for last in range(VOCAB)}
+    search = {"temperature": 0.0, "beams": 64, "max_new_tokens": 2, "stop_tokens": [EOS]}
+    (found,) = engine.generate(**search)
+    assert tuple(found["tokens"].tolist()) == max(worth, key=worth.get)
+
+
+def test_a_beam_search_that_meets_new_weights_begins_anew(engine, other):
+    search = {"temperature": 0.0, "n": 2, "beams": 3, "max_new_tokens": 150}
+    version = engine.stage(other)
+    before = engine.call("poll", 0.0)["tokens"]
+    engine.submit(search=search, cancelled=search | {"max_new_tokens": 490})
+    engine.poll_until(lambda report: report["tokens"] > before + 12)
+    engine.call("commit", version)
+    found = engine.ends("search")["search"]["completions"]
+    assert {int(v) for completion in found for v in completion["versions"]} == {version}
+    engine.call("cancel", ["cancelled"])
+    tokens = [engine.call("poll", 0.3)["tokens"]]
+    while len(tokens) < 2 or tokens[-1] > tokens[-2]:
+        tokens.append(engine.call("poll", 0.3)["tokens"])
+    assert tokens[-1] < tokens[0] + 60  # it would be a thousand
+    assert_same(found, engine.generate(**search))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"n": 5}, "as many as completions"),
+        ({"beams": 65}, "64 at most"),
+        ({"temperature": 1.0}, "draws nothing"),
+        ({"repetition_penalty": 1.1}, "draws nothing"),
+        ({"stop_strings": ["x"]}, "draws nothing"),
+    ],
+)
+def test_a_beam_search_is_refused_what_it_does_not_go_with(engine, options, why):
+    search = {"temperature": 0.0, "beams": 4} | options
+    with pytest.raises(RequestRefused, match=why):
+        engine.generate(**search)
 
 
 def test_every_token_carries_its_version(engine):

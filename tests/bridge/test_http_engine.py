@@ -80,6 +80,11 @@ def test_what_a_commit_aborts_is_sampled_again_once_it_is_over(engine, server, o
     engine.check(completion)
 
 
+def test_a_beam_search_is_for_other_engines(engine):
+    (done,) = engine.ended(engine.submit(beams=2, temperature=0.0))
+    assert "is a server" in done["refused"] and "vllm.engines" in done["refused"]
+
+
 def test_a_server_that_is_gone_is_a_dead_engine(engine, server):
     server.held = {5}
     engine.submit()

@@ -66,7 +66,15 @@ def test_a_message_holds_all_that_an_engine_is_asked():
         "bad_words": ["x"],
         "regex": None,
         "json_schema": None,
+        "beams": 1,
     }
+
+
+def test_a_beam_search_takes_the_room_of_its_beams():
+    sampling = Sampling(n=1, max_new_tokens=8, temperature=0.0, stop_tokens=(), beams=100)
+    searches = [Request(Prompt(i, "", (1,), {}), sampling, 0) for i in range(3)]
+    _, messages = sent(Requests(), engine(), *searches)
+    assert len(messages) == 2  # an engine that computes 100 sequences is given some in advance
 
 
 @pytest.mark.parametrize(
