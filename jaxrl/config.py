@@ -35,8 +35,8 @@ class RunSection(Section):
     dir: str = knob("runs", "directory that holds all runs")
     steps: int = knob(
         ...,
-        "batches in the whole run, resumed parts included; algorithm.updates_per_batch says how "
-        "many optimizer steps each is",
+        "batches in the whole run, resumed parts included; algorithm.minibatches and "
+        "updates_per_batch say how many optimizer steps each is",
         ge=1,
     )
     seed: int = knob(0, "seed of sampling and data order", ge=0, lt=2**31)
@@ -415,9 +415,20 @@ class AlgorithmSection(Section):
     entropy_coefficient: float = knob(0.0, "entropy is rewarded by this much", ge=0.0)
     kl_coefficient: float = knob(
         0.0,
-        "distance from the policy that the run began with is penalised by this much; beyond 0 the "
-        "trainer holds a copy of that policy, which adapters do not need",
+        "distance from a reference policy is penalised by this much; beyond 0 the trainer holds "
+        "that policy, of which adapters need no copy",
         ge=0.0,
+    )
+    reference: str | None = knob(
+        None,
+        "the reference policy, or teacher: a Hugging Face model of the same tokenizer, and of any "
+        "family and size. default: the policy that the run began with",
+    )
+    reference_every: int | None = knob(
+        None,
+        "the reference becomes the present policy every so many steps; default: never",
+        unit="steps",
+        ge=1,
     )
     kl_estimator: Literal["k1", "k2", "k3", "k3+"] = knob(
         "k3", "of the distance; k3+: the value of k3 with the gradient of k2"
@@ -456,8 +467,14 @@ class AlgorithmSection(Section):
         unit="nats",
         gt=0.0,
     )
+    minibatches: int = knob(
+        1,
+        "parts of a batch, of whole prompts in their order: one optimizer step each, with "
+        "denominators of its own. Advantages are of the whole batch",
+        ge=1,
+    )
     updates_per_batch: int = knob(
-        1, "optimizer steps on each batch, all of them on all of it", unit="updates", ge=1
+        1, "times that each batch is gone over, all of its minibatches", unit="updates", ge=1
     )
 
     @model_validator(mode="before")
@@ -466,14 +483,19 @@ class AlgorithmSection(Section):
         return resolved(given) if isinstance(given, dict) else given
 
     @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps."""
+        return self.minibatches * self.updates_per_batch
+
+    @property
     def scores_first(self) -> bool:
         """Whether pi_old must be computed before the first update on a batch."""
-        return self.proximal == "trainer" and self.updates_per_batch > 1
+        return self.proximal == "trainer" and self.steps_per_batch > 1
 
 
 class OptimizerSection(Section):
     learning_rate: float = knob(1e-6, "AdamW learning rate after warm-up", gt=0.0, le=1.0)
-    warmup_steps: int = knob(10, "steps of linear warm-up", unit="steps", ge=0)
+    warmup_steps: int = knob(10, "optimizer steps of linear warm-up", unit="steps", ge=0)
     beta1: float = knob(0.9, "decay of the first moment", ge=0.0, lt=1.0)
     beta2: float = knob(0.999, "decay of the second moment", ge=0.0, lt=1.0)
     eps: float = knob(1e-8, "AdamW epsilon", gt=0.0)
@@ -709,8 +731,11 @@ class LogSection(Section):
 class SftSection(Section):
     # What `update` asks of an algorithm: one step a batch, and no other policy to look at.
     updates_per_batch: ClassVar[int] = 1
+    steps_per_batch: ClassVar[int] = 1
     scores_first: ClassVar[bool] = False
     kl_coefficient: ClassVar[float] = 0.0
+    reference: ClassVar[None] = None
+    reference_every: ClassVar[None] = None
 
     sequences_per_step: int = knob(
         64, "prompts with their completions in one step", unit="sequences", ge=1
@@ -901,7 +926,7 @@ def contradictions(c: Config | SftConfig) -> list[str]:
         found.append("data.source = jsonl needs data.path, a file with one object a line")
     if "{prompt}" not in c.data.prompt_template:
         found.append("data.prompt_template must contain {prompt}, where the question goes")
-    if c.optimizer.warmup_steps > c.run.steps:
+    if c.optimizer.warmup_steps > c.run.steps * c.algorithm.steps_per_batch:
         found.append(
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is longer than the run "
             f"(run.steps = {c.run.steps}): the learning rate would never be reached"
@@ -909,6 +934,13 @@ def contradictions(c: Config | SftConfig) -> list[str]:
     if isinstance(c, Config):
         found += _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
         found += _contradictions_of_rewards(c)
+        parts, prompts = c.algorithm.minibatches, c.rollout.prompts_per_step
+        if parts > prompts:
+            found.append(
+                f"algorithm.minibatches = {parts}: a step has no more than "
+                f"rollout.prompts_per_step = {prompts} prompts to split; lower the one, or raise "
+                "the other"
+            )
         return found + _contradictions_of_algorithm(c.algorithm)
     if "{completion}" not in c.data.completion_template:
         found.append("data.completion_template must contain {completion}, where the row's goes")
@@ -1062,6 +1094,7 @@ def _contradictions_of_algorithm(c: AlgorithmSection) -> list[str]:
             "measured from the engine already, and would count twice; set algorithm.correction = "
             "none, or algorithm.proximal = trainer"
         )
+    found += _contradictions_of_reference(c)
     for key in ("token_mask", "sequence_mask", "geometric_mask"):
         bounds = getattr(c, key)
         if bounds is not None and not 0 <= bounds[0] < bounds[1]:
@@ -1069,6 +1102,26 @@ def _contradictions_of_algorithm(c: AlgorithmSection) -> list[str]:
                 f"algorithm.{key} = {bounds}: expected [lowest, highest] ratio that is kept, such "
                 "as [0.5, 2.0]"
             )
+    return found
+
+
+def _contradictions_of_reference(c: AlgorithmSection) -> list[str]:
+    if c.advantage == "none" and c.reference is None:
+        return [
+            "algorithm.advantage = none: nothing but the distance from algorithm.reference is "
+            "learned; set that to the teacher, a Hugging Face directory"
+        ]
+    found = [
+        f"algorithm.{key} = {getattr(c, key)} with algorithm.kl_coefficient = 0: nothing measures "
+        "the distance from it; set algorithm.kl_coefficient"
+        for key in ("reference", "reference_every")
+        if getattr(c, key) is not None and not c.kl_coefficient
+    ]
+    if c.reference is not None and c.reference_every is not None:
+        found.append(
+            f"algorithm.reference_every = {c.reference_every} with algorithm.reference = "
+            f"{c.reference}, a model that stays as it is; leave out one of the two"
+        )
     return found
 
 

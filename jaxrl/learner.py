@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
     from jaxrl.models.params import ParamSpec
     from jaxrl.models.params import Path as ParamPath
     from jaxrl.rundir import RunDir
-    from jaxrl.update import Metrics, Nll, TrainState, Update
+    from jaxrl.update import Metrics, Nll, Still, TrainState, Update
 
 FROZEN_DTYPE = "bfloat16"  # of the weights beside adapters, in the trainer and on the wire
 
@@ -41,7 +41,18 @@ def open_model(c: Config | SftConfig) -> tuple[Path, DecoderConfig]:
     check_lengths(c, decoder)
     check_mesh(c, decoder)
     trained_specs(decoder, lora_config(c))  # refuses adapters for a layer that the model lacks
+    if c.algorithm.reference is not None:
+        check_reference(c, model_dir, decoder)
     return model_dir, decoder
+
+
+def open_reference(c: Config | SftConfig) -> tuple[Path, DecoderConfig]:
+    from jaxrl.model_dir import find_model
+    from jaxrl.models.config import load_config
+
+    assert c.algorithm.reference is not None
+    directory = find_model(c.algorithm.reference, "algorithm.reference")
+    return directory, load_config(directory, c.model.ignore_config_fields)
 
 
 @dataclass
@@ -85,7 +96,7 @@ def build_learner(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig
     from jaxrl.models.lora import fingerprint, merged_params, with_adapters
     from jaxrl.models.params import param_specs, trained_specs
     from jaxrl.sampler import make_score
-    from jaxrl.update import init_state, make_nll, make_optimizer, make_update
+    from jaxrl.update import init_state, make_copy, make_nll, make_optimizer, make_update
 
     mesh, lora = make_mesh(c.mesh), lora_config(c)
     specs, trained = param_specs(decoder), trained_specs(decoder, lora)
@@ -101,8 +112,11 @@ def build_learner(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig
     policy = make_policy(c, decoder, mesh)
     optimizer = make_optimizer(c.optimizer)
     state = init_state(params, optimizer, mesh)
+    if c.algorithm.reference_every:
+        state = state._replace(reference=make_copy(policy, params, frozen)(params))
+    reference = None if c.algorithm.reference is None else load_reference(c, mesh)
     update = make_update(
-        policy, optimizer, c.algorithm, c.update, c.temperature, mesh, state, frozen
+        policy, optimizer, c.algorithm, c.update, c.temperature, mesh, state, frozen, reference
     )
     export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20, c.publish.compare)
     export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
@@ -131,25 +145,44 @@ def build_learner(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig
     )
 
 
+def load_reference(c: Config | SftConfig, mesh: Mesh) -> Still:
+    """The model that `algorithm.reference` names, in the dtype that it computes in."""
+    from bridge.checkpoints import load_params
+    from jaxrl.mesh import param_shardings
+    from jaxrl.models.params import param_specs
+    from jaxrl.update import Still
+
+    directory, decoder = open_reference(c)
+    policy, specs = make_policy(c, decoder, mesh), param_specs(decoder)
+    dtype = str(policy.compute_dtype)
+    return Still(policy, load_params(directory, specs, param_shardings(specs, mesh), dtype))
+
+
 def lead(hosts: Hosts, learner: Learner) -> Learner:
     """The learner of the first process: whatever it is asked, the others are told first."""
     if hosts.alone:
         return learner
 
-    def announce_rows(order: str, batch: TrainBatch) -> TrainBatch:
+    def announce_rows(order: str, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
         """Each process gets the rows that lie on its devices; returns those of this one."""
         from jaxrl.mesh import rows_of_process
 
-        rows = [rows_of_process(learner.mesh, len(batch[0]), i) for i in range(hosts.count)]
-        shards = [TrainBatch(*(array[held] for array in batch)) for held in rows]
-        hosts.announce(order, arrays=shards)
+        def rows_of(process: int) -> list[TrainBatch]:
+            held = [rows_of_process(learner.mesh, len(batch[0]), process) for batch in batches]
+            return [
+                TrainBatch(*(array[rows] for array in batch))
+                for batch, rows in zip(batches, held, strict=True)
+            ]
+
+        shards = [rows_of(process) for process in range(hosts.count)]
+        hosts.announce(order, arrays=[[x for batch in of_one for x in batch] for of_one in shards])
         return shards[0]
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        return learner.update(state, announce_rows("update", batch))
+    def update(state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
+        return learner.update(state, announce_rows("update", batches))
 
     def nll(params: Params, batch: TrainBatch) -> float:
-        return learner.nll(params, announce_rows("nll", batch))
+        return learner.nll(params, *announce_rows("nll", [batch]))
 
     def led(order: str, exporter: Exporter | LedExporter) -> LedExporter:
         assert not isinstance(exporter, LedExporter), order
@@ -306,6 +339,38 @@ def check_lengths(c: Config | SftConfig, decoder: DecoderConfig) -> None:
     if not decoder.eos_token_ids:
         raise UserError(
             f"{c.model.path}: config.json has no eos_token_id: nothing ends a completion"
+        )
+
+
+def check_reference(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig) -> None:
+    """Raises UserError unless the reference can score whatever the policy samples."""
+    from jaxrl.data import load_tokenizer
+
+    folder, other = open_reference(c)
+    ours, theirs = (
+        load_tokenizer(directory, config).get_vocab(with_added_tokens=True)
+        for directory, config in ((model_dir, decoder), (folder, other))
+    )
+    where, moe = f"algorithm.reference = {c.algorithm.reference}", other.moe
+    if ours != theirs:
+        text, _ = min(ours.items() ^ theirs.items(), key=lambda item: item[::-1])
+        raise UserError(
+            f"{where}: its tokenizer is not that of {c.model.path} ({text!r} is another token "
+            "there); take a model with the same"
+        )
+    if other.vocab_size < decoder.vocab_size:
+        raise UserError(
+            f"{where}: has a vocabulary of {other.vocab_size} tokens, and {c.model.path} samples "
+            f"from {decoder.vocab_size}; take a model with as many"
+        )
+    if other.max_positions < c.max_model_len:
+        raise UserError(
+            f"{where}: has {other.max_positions} positions, but {c.lengths} are "
+            f"{c.max_model_len} tokens together; lower one of them"
+        )
+    if moe is not None and moe.num_experts % c.mesh.expert:
+        raise UserError(
+            f"{where}: mesh.expert = {c.mesh.expert} does not divide its {moe.num_experts} experts"
         )
 
 

@@ -41,7 +41,9 @@ def follow(c: Config | SftConfig, hosts: Hosts) -> int:
                 case "run_dir", [holder]:
                     check_shared(c.run_dir, holder)
                 case "update", _:
-                    state, _ = learner.update(state, TrainBatch(*order.arrays))
+                    n, arrays = len(TrainBatch._fields), order.arrays
+                    parts = [arrays[i : i + n] for i in range(0, len(arrays), n)]
+                    state, _ = learner.update(state, [TrainBatch(*part) for part in parts])
                 case "publish", [version]:
                     engine.publish(state.params, version)
                 case "begin", [prompts, options, seeds]:

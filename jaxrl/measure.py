@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -133,16 +134,16 @@ def describe_lag(groups: list[Group], version: int, max_lag: int) -> dict[str, f
     }
 
 
-def describe_packing(groups: list[Group], batch: TrainBatch) -> dict[str, float]:
+def describe_packing(groups: list[Group], batches: Sequence[TrainBatch]) -> dict[str, float]:
     """How full the rows are, and which share of the tokens standing behind a prompt of their own
     would have needed was saved."""
-    packed = np.count_nonzero(batch.group_BT)
+    packed = sum(np.count_nonzero(batch.group_BT) for batch in batches)
     unshared = sum(
         len(group.prompt.tokens) + len(rollout.tokens)
         for group in groups
         for rollout in group.rollouts
     )
     return {
-        "pack/efficiency": float(packed / batch.group_BT.size),
+        "pack/efficiency": float(packed / sum(batch.group_BT.size for batch in batches)),
         "pack/shared_prompt_saving": float(1 - packed / unshared),
     }

@@ -7,8 +7,11 @@ from jaxrl.types import UserError
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str, key: str = "model.path") -> Path:
     """The directory `path`, or the snapshot of the hub id `path`, fetched if the hub answers.
+
+    Args:
+      key: that named it.
 
     Raises:
       UserError: neither exists.
@@ -17,7 +20,7 @@ def find_model(path: str) -> Path:
     if local.is_dir():
         return local
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path = {path}: there is no such directory")
+        raise UserError(f"{key} = {path}: there is no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -26,8 +29,8 @@ def find_model(path: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"model.path = {path}: there is no such directory here, and the hub has no such model "
-            f"or cannot be reached ({reason})"
+            f"{key} = {path}: there is no such directory here, and the hub has no such model or "
+            f"cannot be reached ({reason})"
         ) from None
 
 

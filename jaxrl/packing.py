@@ -4,8 +4,9 @@ What is packed are units: a copy of a prompt and the completions behind it. Comp
 share a copy as far as a row has room for them; each has one of its own if they do not share.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,15 @@ def row_length(longest: int) -> int:
     """The next of sixteen lengths to an octave, a multiple of 16: the update is compiled once per
     length, not once per count of tokens."""
     return few(longest, 16, SHORTEST_ROW)
+
+
+def minibatches(
+    count: int, groups: Sequence[Group], *arrays_PG: np.ndarray
+) -> list[tuple[Any, ...]]:
+    """Groups, and the rows that arrays have of them, in `count` parts: in the order they come, and
+    of numbers that differ by one at most. `count` is at most that of the groups."""
+    bounds = [len(groups) * i // count for i in range(count + 1)]
+    return [tuple(x[i:j] for x in (groups, *arrays_PG)) for i, j in itertools.pairwise(bounds)]
 
 
 def pack(

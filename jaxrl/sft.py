@@ -53,11 +53,16 @@ class Parts:
     key_cost: float  # see `packing.pack`
 
 
-def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
-    """Examples, update; the examples of the next step are packed while the device computes."""
+def run(
+    parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
+) -> tuple[TrainState, int]:
+    """Examples, update; the examples of the next step are packed while the device computes.
+
+    Returns the state, and the step that it is of.
+    """
     import jax
 
-    c = parts.config
+    c, step = parts.config, first_step
     if first_step == 0:
         parts.log.step(0, {"eval/nll": evaluate(parts, state)})
     examples = parts.stream.take(c.sft.sequences_per_step)
@@ -65,7 +70,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     for step in range(first_step + 1, c.run.steps + 1):
         clock, trained, tokens = Clock(), examples, np.count_nonzero(batch.group_BT)
         metrics: dict[str, Any] = {"pack/efficiency": float(tokens / batch.group_BT.size)}
-        state, update_metrics = parts.update(state, batch)
+        state, update_metrics = parts.update(state, [batch])
 
         # The device computes. A checkpoint of this step has the cursor of this step.
         cursor = parts.stream.cursor
@@ -95,7 +100,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
             parts.save(step, state, cursor)
         if ends:
             break
-    return state
+    return state, step
 
 
 def evaluate(parts: Parts, state: TrainState) -> float:
@@ -181,8 +186,8 @@ def fine_tune(command: Command[SftConfig], hosts: Hosts) -> int:
             log=log,
             key_cost=decoder.key_cost,
         )
-        state = run(parts, state, first_step, interrupt)
-        finished = int(state.step) >= c.run.steps
+        state, step = run(parts, state, first_step, interrupt)
+        finished = step == c.run.steps
         if finished:
             learner.save(state.params, c.model.path, model_dir, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))

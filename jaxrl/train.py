@@ -94,7 +94,9 @@ class Parts:
     key_cost: float  # see `packing.pack`
 
 
-def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt) -> TrainState:
+def run(
+    parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
+) -> tuple[TrainState, int]:
     """GRPO (arXiv:2402.03300, algorithm 1), or what algorithm.* makes of it: rollouts, rewards,
     advantages, update, publish; then the next step, with rollouts of the new weights or, as
     rollout.mode has it, of somewhat older ones.
@@ -102,6 +104,8 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     Neither device nor engines wait for the host where they need not: the prompts of the next step
     are made while the update runs, and a step is reported and saved while the engines sample the
     next one. When the engines fail the newest step is saved, and their error ends the run.
+
+    Returns the state, and the step that it is of.
     """
     import jax
 
@@ -109,7 +113,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     from jaxrl.alarms import Alarms
     from jaxrl.collect import Collector
     from jaxrl.objectives.aggregation import make_shares
-    from jaxrl.packing import pack
+    from jaxrl.packing import minibatches, pack
 
     c = parts.config
     continuous = c.rollout.mode == "continuous"
@@ -135,7 +139,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
     if first_step == 0:
         accuracy = evaluate(parts, collector)
         parts.log.step(0, {"eval/accuracy": accuracy, "weights/version": version})
-    clock, saved, alarms = Clock(), first_step, Alarms(c.alarm)
+    clock, step, saved, alarms = Clock(), first_step, first_step, Alarms(c.alarm)
     collector.serve(version, publishing)
 
     for step in range(first_step + 1, c.run.steps + 1):
@@ -150,9 +154,11 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         rewards_PG = np.stack([judged.rewards_G for judged in taken])
         rewards_PGR = np.stack([judged.rewards_GR for judged in taken])
         (advantages_PG, weights_PG), reward_metrics = estimate(parts, groups, rewards_PGR)
-        shards = c.mesh.row_shards
-        batch = pack(groups, advantages_PG, weights_PG, c.update, shards, parts.key_cost, aggregate)
-        state, update_metrics = parts.update(state, batch)
+        batches = [
+            pack(*part, c.update, c.mesh.row_shards, parts.key_cost, aggregate)
+            for part in minibatches(c.algorithm.minibatches, groups, advantages_PG, weights_PG)
+        ]
+        state, update_metrics = parts.update(state, batches)
         ledger.train(step, version, groups)
         collector.check()
 
@@ -197,7 +203,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         metrics |= describe_advantages(advantages_PG, weights_PG)
         metrics |= reward_metrics
         metrics |= describe_rollouts(groups)
-        metrics |= describe_packing(groups, batch)
+        metrics |= describe_packing(groups, batches)
         metrics |= describe_publish(report)
         metrics |= collector.metrics() | ledger.metrics() | parts.engines.status()
         metrics["weights/version"] = version
@@ -215,7 +221,7 @@ def run(parts: Parts, state: TrainState, first_step: int, interrupted: Interrupt
         if ends:
             break
     collector.until(publishing)
-    return state
+    return state, step
 
 
 def judge(parts: Parts, group: Group, group_size: int) -> Judged:
@@ -357,8 +363,8 @@ def train(command: Command[Config], hosts: Hosts) -> int:
             stop_tokens=decoder.eos_token_ids,
             key_cost=decoder.key_cost,
         )
-        state = run(parts, state, first_step, interrupt)
-        finished = int(state.step) >= c.run.steps * c.algorithm.updates_per_batch
+        state, step = run(parts, state, first_step, interrupt)
+        finished = step == c.run.steps
         if finished:
             learner.save(state.params, c.model.path, model_dir, run_dir)
         log.closing(summarize(command, run_dir, interrupt, finished))

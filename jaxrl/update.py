@@ -1,7 +1,8 @@
 """One optimizer step, compiled once for each batch shape: (state, batch) -> (state, metrics)."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +31,25 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: jax.Array  # int32, updates tried, skipped ones included
     skipped_in_a_row: jax.Array  # int32, updates skipped since the last one that was applied
+    reference: Params | None = None  # of algorithm.reference_every, as `make_copy` makes it
 
 
 # Slots whose gradient a device computes at a time: enough to fill its matrix units, and on a CPU
 # few enough for the activations to stay in its caches.
 MICROBATCH, MICROBATCH_ON_CPU = 16384, 2048
 
-Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+
+COUNTED = ("update/skipped", "update/nonfinite")  # of all optimizer steps of a step
+
+
+class Still(NamedTuple):
+    """A policy that is not trained."""
+
+    policy: Policy
+    params: Params
+
+
+Update = Callable[[TrainState, Sequence[TrainBatch]], tuple[TrainState, Metrics]]
 Nll = Callable[[Params, TrainBatch], float]
 Scorer = Callable[[Params, Params, TrainBatch], Scores]  # (params, frozen, batch)
 
@@ -114,52 +127,97 @@ def make_update(
     mesh: Mesh,
     state: TrainState,
     frozen: Params | None = None,
+    reference: Still | None = None,
 ) -> Update:
-    """Returns update(state, batch) -> (state, metrics): `algorithm.updates_per_batch` times
-    `make_step`, with the batch put on the mesh, scored by the policies that stand still, and its
-    shapes counted. The state passed in is consumed. With `frozen` weights the state's parameters
-    are adapters, and only they change. Of several processes each passes the rows that lie on its
-    own devices (`mesh.rows_of_process`).
+    """Returns update(state, minibatches) -> (state, metrics): `make_step` with one after the other,
+    `algorithm.updates_per_batch` times. They are put on the mesh, their shapes are counted, and
+    policies that stand still score all of them ahead of the first step. The state passed in is
+    consumed. With `frozen` weights the state's parameters are adapters, and only they change. Of
+    several processes each passes the rows that lie on its own devices (`mesh.rows_of_process`).
 
-    The reference policy, where there is one, is that of the frozen weights alone, as adapters
-    begin; or `state` as it is now, kept in the dtype that the policy computes in.
+    The reference policy, where there is one, is `reference`; or that of the state, replaced every
+    `algorithm.reference_every` calls; or that of the frozen weights alone, as adapters begin; or
+    `state` as it is now, kept in the dtype that the policy computes in.
 
-    Of several updates the metrics are the last one's; `update/skipped` and `update/nonfinite` count
-    them all.
+    Metrics: those of the last time over the minibatches, see `over_steps`; what is `COUNTED` is of
+    all steps, and `update/compiled_shapes` are the shapes of batches, in this process.
     """
     step = make_step(policy, optimizer, algorithm, c, temperature, mesh, state)
     score = make_score_batch(policy, c, temperature, mesh)
+    gather_metrics = jax.jit(over_steps, out_shardings=NamedSharding(mesh, P()))
+    copy = make_copy(policy, state.params, frozen)
     whole = {} if frozen is None else frozen
-    reference: Params = {}
-    if algorithm.kl_coefficient and frozen is None:
-        reference = copy_of(state.params, policy.compute_dtype)
+    score_reference, still, beside = score, {}, whole
+    if reference is not None:
+        score_reference = make_score_batch(reference.policy, c, temperature, mesh)
+        still, beside = reference.params, {}
+    elif algorithm.kl_coefficient and not algorithm.reference_every and frozen is None:
+        still = copy(state.params)
     shapes = set()
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        shapes.add((batch.tokens_BT.shape, batch.targets_BC.shape))
-        batch = jax.tree.map(lambda x: put_rows(mesh, x), batch)
-        anchors = Anchors(
+    def anchors(state: TrainState, batch: TrainBatch) -> Anchors:
+        held = still if state.reference is None else state.reference
+        return Anchors(
             score(state.params, whole, batch) if algorithm.scores_first else None,
-            score(reference, whole, batch) if algorithm.kl_coefficient else None,
+            score_reference(held, beside, batch) if algorithm.kl_coefficient else None,
         )
-        state, metrics = step(state, batch, whole, anchors)
-        for _ in range(algorithm.updates_per_batch - 1):
-            before = metrics
-            state, metrics = step(state, batch, whole, anchors)
-            for name in ("update/skipped", "update/nonfinite"):
-                metrics[name] += before[name]
+
+    def update(state: TrainState, minibatches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
+        shapes.update((batch.tokens_BT.shape, batch.targets_BC.shape) for batch in minibatches)
+        refresh = False
+        if algorithm.reference_every:  # of a state that the caller has waited for
+            calls = int(state.step) // (len(minibatches) * algorithm.updates_per_batch) + 1
+            refresh = calls % algorithm.reference_every == 0
+        placed = [jax.tree.map(lambda x: put_rows(mesh, x), batch) for batch in minibatches]
+        scored = [(batch, anchors(state, batch)) for batch in placed]
+        found, counted = [], []
+        for _ in range(algorithm.updates_per_batch):
+            found = []
+            for batch, held in scored:
+                state, metrics = step(state, batch, whole, held)
+                found.append(metrics)
+            counted += [{name: metrics[name] for name in COUNTED} for metrics in found]
+        metrics = found[0]
+        if len(counted) > 1:
+            metrics = gather_metrics(found, counted)
+        if refresh:
+            state = state._replace(reference=copy(state.params))
         return state, metrics | {"update/compiled_shapes": jnp.asarray(len(shapes))}
 
     return update
 
 
-def copy_of(params: Params, dtype: Any) -> Params:
-    """On the same devices, in memory of its own: an update consumes its parameters."""
-    copy = jax.jit(
+def over_steps(found: Sequence[Metrics], counted: Sequence[Metrics]) -> Metrics:
+    """The metrics of one optimizer step after the other, as those of one, within a jitted function.
+
+    The mean, where a step counts as often as it trains tokens; of a name that says min or max the
+    extreme, of steps that train any; the sum of `tokens/trained`, and of what is `counted`.
+    """
+    tokens_N = jnp.stack([metrics["tokens/trained"] for metrics in found])
+    shares_N = tokens_N / jnp.maximum(tokens_N.sum(), 1.0)
+
+    def one(name: str) -> jax.Array:
+        values_N = jnp.stack([metrics[name] for metrics in found])
+        words = re.split("[/_]", name)
+        if "max" not in words and "min" not in words:
+            return (shares_N * values_N).sum()
+        sign = 1.0 if "max" in words else -1.0
+        most = jnp.where(tokens_N > 0, sign * values_N, -jnp.inf).max()
+        return jnp.where(tokens_N.any(), sign * most, 0.0)
+
+    sums = jax.tree.map(lambda *x: sum(x), *counted)
+    return {name: one(name) for name in found[0]} | {"tokens/trained": tokens_N.sum()} | sums
+
+
+def make_copy(policy: Policy, params: Params, frozen: Params | None) -> Callable[[Params], Params]:
+    """Returns copy(params): what is kept of what trains as a reference, on the same devices and in
+    memory of its own, as an update consumes its parameters. Adapters as they are, parameters in the
+    dtype that the policy computes in."""
+    dtype = policy.compute_dtype if frozen is None else jnp.float32
+    return jax.jit(
         lambda params: jax.tree.map(lambda x: jnp.copy(x).astype(dtype), params),
         out_shardings=jax.tree.map(lambda x: x.sharding, params),
     )
-    return copy(params)
 
 
 def make_step(
@@ -186,7 +244,7 @@ def make_step(
     `skipped_in_a_row` and `update/nonfinite`. Metrics: those of `make_objective`, and `loss`,
     `entropy`, `grad_norm` (before clipping), `update_norm`, `update_ratio` (to the norm of the
     parameters), `learning_rate`, `tokens/trained`, `update/skipped` and `update/nonfinite` (1 if it
-    was), `update/compiled_shapes` (of batches, in this process).
+    was).
     """
     objective = make_objective(algorithm)
     gradient = make_gradient(policy, objective, c, temperature, mesh)
@@ -214,6 +272,7 @@ def make_step(
             opt_state,
             state.step + 1,
             jnp.where(apply, 0, state.skipped_in_a_row + ~finite),
+            state.reference,
         )
         metrics |= {
             "loss": loss,

@@ -89,7 +89,7 @@ def learned(by: str, options: tuple[tuple[str, Any], ...]) -> np.ndarray:
         state, _ = updating().step(c.algorithm, batch, anchors)
     else:
         update, state = Bigram().learner(**c.algorithm.model_dump())
-        state, _ = update(state, batch)
+        state, _ = update(state, [batch])
     return np.array(state.params["table"])
 
 

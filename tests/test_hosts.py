@@ -27,6 +27,8 @@ SMALL = [
     *("--optimizer.warmup_steps=2", "--update.share_prompts=false", "--checkpoint.every_steps=3"),
     # Policies that stand still are scored by all processes, too.
     *("--algorithm.updates_per_batch=2", "--algorithm.kl_coefficient=0.1"),
+    # Each minibatch is split over them; the reference is of step 2 where a run is resumed from 3.
+    *("--algorithm.minibatches=2", "--algorithm.reference_every=2"),
 ]
 TRAIN = ("jaxrl.train", *SMALL)
 FINE_TUNE = (

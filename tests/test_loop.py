@@ -101,7 +101,8 @@ class Run:
 
     # the trainer
 
-    def update(self, state, batch):
+    def update(self, state, batches):
+        assert [int(batch.group_BT.max(axis=1).sum()) for batch in batches] == [1, 2]
         step = int(state.step) + 1
         self.events.append(("update", step))
         state = SimpleNamespace(
@@ -139,6 +140,7 @@ class Run:
                 "model": {"path": "x"},
                 "data": {"source": "reasoning_gym", "task": "x"},
                 "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, **rollout},
+                "algorithm": {"minibatches": 2},
                 "optimizer": {"max_skipped_updates": 2},
                 "eval": {"every_steps": 0} | (evaluate or {}),
                 "checkpoint": {"every_steps": save_every},
@@ -166,7 +168,7 @@ class Run:
         )
         first = resume["step"]
         start = SimpleNamespace(params=jnp.zeros(2), step=first, skipped_in_a_row=jnp.asarray(0))
-        run(parts, start, first, self.interrupt)
+        self.ended = run(parts, start, first, self.interrupt)[1]
         return self.events
 
 
@@ -187,7 +189,8 @@ def test_a_step_is_reported_and_saved_while_the_engines_sample_the_next(tmp_path
 
 
 def test_a_signal_while_the_engines_sample_lets_that_step_end(tmp_path):
-    events = Run(interrupt_at=2).go(tmp_path, save_every=100)
+    stand_ins = Run(interrupt_at=2)
+    events = stand_ins.go(tmp_path, save_every=100)
     assert [event for event in events if event[0] in ("log", "save")][1:] == [
         ("log", 1),
         ("log", 2),
@@ -195,6 +198,7 @@ def test_a_signal_while_the_engines_sample_lets_that_step_end(tmp_path):
         ("save", 3),
     ]
     assert events[-4:] == [("update", 3), ("publish", 4), ("log", 3), ("save", 3)]
+    assert stand_ins.ended == 3
 
 
 def test_a_run_that_skips_too_often_ends_before_it_reports_or_saves_that_step(tmp_path):

@@ -186,7 +186,7 @@ def test_training_moves_the_adapters_as_torch_and_peft_do_and_nothing_else(mesh,
     for seed in range(4):
         sampled = make_batch(adapted.model, seed)
         expected = reference(sampled)
-        state, metrics = update(state, pack(*sampled, c, row_shards(devices)))
+        state, metrics = update(state, [pack(*sampled, c, row_shards(devices))])
         for name in ("loss", "grad_norm", "update_norm", "entropy"):
             np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-4, err_msg=name)
         adapted.model.double()

@@ -22,6 +22,7 @@ SMALL = (
     *("--config", "configs/arithmetic_lora.yaml", "--lora.rank", str(RANK), "--run.name=run"),
     *("--rollout.prompts_per_step=8", "--rollout.group_size=4", "--data.held_out=16"),
     *("--optimizer.warmup_steps=1", "--checkpoint.every_steps=1", "--log.tensorboard=false"),
+    "--algorithm.kl_coefficient=0.02",
 )
 
 
@@ -78,6 +79,13 @@ def test_a_run_leaves_a_peft_directory_and_the_merged_policy(finished):
         )
     assert moved == len(MODULES) * 2  # of both layers
     assert str(run / "adapter") in done.stdout and str(run / "export") in done.stdout
+
+
+def test_the_distance_from_the_weights_beneath_starts_at_none_and_grows(finished):
+    _, run, _ = finished
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, *later = [line["kl/reference"] for line in lines[1:]]
+    assert abs(first) < 1e-6 < 1e-4 < later[0] < later[1], (first, later)
 
 
 def test_checkpoints_hold_adapters_and_their_moments_and_nothing_else(finished):

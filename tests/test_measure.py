@@ -149,12 +149,13 @@ def test_a_step_s_time_is_shared_out_and_gives_its_speed(monkeypatch, alternate,
 def test_packing_is_described_by_how_full_rows_are_and_what_sharing_saved(share, tokens):
     groups = [group(10, (3, "stop"), (8, "length")), group(20, (4, "stop"), (1, "stop"))]
     c = UpdateSection(share_prompts=share)
-    batch = pack(groups, np.zeros((2, 2)), np.ones((2, 2)), c)
+    ones = np.ones((1, 2))
+    batches = [pack([each], ones, ones, c) for each in groups]
     expected = {
-        "pack/efficiency": tokens / batch.tokens_BT.size,
+        "pack/efficiency": tokens / sum(batch.tokens_BT.size for batch in batches),
         "pack/shared_prompt_saving": 1 - tokens / (21 + 45 + 10),
     }
-    assert describe_packing(groups, batch) == pytest.approx(expected)
+    assert describe_packing(groups, batches) == pytest.approx(expected)
 
 
 def test_laps_of_a_clock_share_out_the_step(monkeypatch):

@@ -46,8 +46,8 @@ def test_the_home_directory_may_be_written_short(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["./org/name", "/org/name", "../name", "name", "a/b/c", "~/x"])
 def test_a_path_that_cannot_be_a_hub_id_is_not_asked_for(path, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"there is no such directory$"):
-        find_model(path)
+    with pytest.raises(UserError, match=r"^algorithm.reference = .* is no such directory$"):
+        find_model(path, "algorithm.reference")
     assert not hub.asked
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jaxrl.config import UpdateSection
-from jaxrl.packing import SHORTEST_ROW, few, first_fit, pack, row_length, rows_of_microbatch
+from jaxrl.packing import (
+    SHORTEST_ROW,
+    few,
+    first_fit,
+    minibatches,
+    pack,
+    row_length,
+    rows_of_microbatch,
+)
 from jaxrl.types import Group, Prompt, Rollout, UserError
 
 
@@ -249,6 +257,15 @@ def test_rows_are_chosen_for_the_least_work():
     long = [20] * 8  # behind a prompt of 100: 260
     assert packed(SHARED, *long, prompt=100).tokens_BT.shape == (1, 272)
     assert packed(SHARED, *long, prompt=100, key_cost=0.001).tokens_BT.shape == (1, 272)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_minibatches_have_every_group_once_in_order_and_as_evenly_as_can_be(count):
+    parts = minibatches(count, list(range(7)), np.arange(14).reshape(7, 2))
+    assert [group for groups, _ in parts for group in groups] == list(range(7))
+    assert all((rows[:, 0] == 2 * np.array(groups)).all() for groups, rows in parts)
+    sizes = [len(groups) for groups, _ in parts]
+    assert len(sizes) == count and max(sizes) - min(sizes) <= 1
 
 
 def test_empty_rows_fill_up_shards():

@@ -22,10 +22,11 @@ from jaxrl.objectives.aggregation import make_shares
 from jaxrl.objectives.objective import make_objective
 from jaxrl.objectives.tokens import Anchors
 from jaxrl.optimizer import slicing
-from jaxrl.packing import pack, rows_of_microbatch
+from jaxrl.packing import minibatches, pack, rows_of_microbatch
 from jaxrl.types import Group, Prompt, Rollout, TrainBatch, UserError
 from jaxrl.update import (
     init_state,
+    make_copy,
     make_gradient,
     make_optimizer,
     make_step,
@@ -279,6 +280,12 @@ def spoil(batch: TrainBatch, value: float) -> TrainBatch:
     return batch._replace(advantages_BC=advantages_BC)
 
 
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 def empty(batch: TrainBatch) -> TrainBatch:
     return batch._replace(loss_mask_BC=np.zeros_like(batch.loss_mask_BC))
 
@@ -294,7 +301,7 @@ def test_three_updates_equal_those_of_torch(layout, config, params, sampled, wei
     state = single.start(params)
     clipped = []
     for count, each in enumerate(sampled, start=1):
-        state, metrics = single.update(state, pack(*each, single.c))
+        state, metrics = single.update(state, [pack(*each, single.c)])
         expected = theirs(each)
         assert 0 < expected["correction/capped_fraction"] < 1
         clipped.append(expected["grad_norm"] > OPTIMIZER.max_grad_norm)
@@ -312,7 +319,7 @@ def test_the_engine_s_log_probs_matter_only_where_they_are_corrected(correction,
     losses = []
     for behavior_BC in (batches[0].behavior_logprobs_BC, batches[0].behavior_logprobs_BC * 3):
         update, state = Bigram().learner(correction=correction)
-        _, metrics = update(state, batches[0]._replace(behavior_logprobs_BC=behavior_BC))
+        _, metrics = update(state, [batches[0]._replace(behavior_logprobs_BC=behavior_BC)])
         losses.append(float(metrics["loss"]))
     assert (losses[0] == losses[1]) == (correction == "none")
 
@@ -340,7 +347,7 @@ def test_the_reference_is_the_policy_that_the_run_began_with(batches):
     start = np.array(state.params["table"])
     for count, batch in enumerate(batches):
         table = np.array(state.params["table"])
-        state, metrics = update(state, batch)
+        state, metrics = update(state, [batch])
         expected = k3_between(table, start, batch)
         assert (expected > 1e-4) == (count > 0)
         np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3, atol=1e-7)
@@ -352,24 +359,62 @@ def test_the_reference_of_adapters_is_the_weights_beneath_them(batches):
             return hidden @ (params["table"] + params.get("adapter", 0.0))
 
     mesh, optimizer = make_mesh(MESHES["one_device"]), make_optimizer(OPTIMIZER)
-    table = jnp.sin(jnp.arange(VOCAB**2.0)).reshape(VOCAB, VOCAB)
+    table = np.sin(np.arange(VOCAB**2.0, dtype=np.float32)).reshape(VOCAB, VOCAB)
     # As after a resume: the adapters are no longer those of the start.
-    adapter = 0.1 * jnp.cos(jnp.arange(VOCAB**2.0)).reshape(VOCAB, VOCAB)
-    expected = k3_between(np.array(table + adapter), table, batches[0])
-    state = init_state({"adapter": adapter}, optimizer, mesh)
-    section, c = AlgorithmSection(kl_coefficient=0.5), LAYOUTS["shared"]
-    update = make_update(
-        Adapted(), optimizer, section, c, TEMPERATURE, mesh, state, {"table": table}
-    )
-    _, metrics = update(state, batches[0])
-    np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3)
+    adapter = 0.1 * np.cos(table)
+    for every, change in ((None, 0 * adapter), (9, -adapter)):  # or, refreshed, others
+        expected = k3_between(table + adapter, table + change, batches[0])
+        section, c = AlgorithmSection(kl_coefficient=0.5, reference_every=every), LAYOUTS["shared"]
+        state = init_state({"adapter": jnp.array(adapter)}, optimizer, mesh)
+        if every is not None:
+            state = state._replace(reference={"adapter": jnp.array(change)})
+        update = make_update(
+            Adapted(), optimizer, section, c, TEMPERATURE, mesh, state, {"table": table}
+        )
+        _, metrics = update(state, [batches[0]])
+        np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_reference_that_is_refreshed_is_the_policy_of_that_step_and_survives_a_resume(
+    updates, batches, tmp_path
+):
+    """Every 2 steps, however many updates they are; resumed after the third."""
+    given = {"kl_coefficient": 0.5, "reference_every": 2, "updates_per_batch": updates}
+
+    def fresh():
+        update, state = Bigram().learner(optimizer=FAST, **given)
+        copy = make_copy(Bigram(), state.params, None)
+        return update, state._replace(reference=copy(state.params))
+
+    update, state = fresh()
+    reference = np.array(state.params["table"])
+    for count, batch in enumerate([*batches, *batches[:2]], start=1):
+        table = np.array(state.params["table"])
+        state, metrics = update(state, [batch])
+        if updates == 1:
+            expected = k3_between(table, reference, batch)
+            np.testing.assert_allclose(metrics["kl/reference"], expected, rtol=1e-3, atol=1e-7)
+        if count % 2 == 0:
+            reference = np.array(state.params["table"])
+        np.testing.assert_array_equal(state.reference["table"], reference)
+        if count == 3:
+            checkpoint.save(tmp_path, 3, state, {}, keep=1)
+
+    resumed, start = fresh()
+    restored = checkpoint.restore_newest(tmp_path, abstract(start))
+    assert restored is not None
+    again = restored.arrays
+    for batch in batches[:2]:
+        again, _ = resumed(again, [batch])
+    assert_bitwise(host(again), host(state))
 
 
 def test_several_updates_of_a_batch_measure_from_the_policy_that_it_arrived_at(batches):
     batch, learner = batches[0], Bigram()
     update, state = learner.learner(updates_per_batch=3)
     old_BC, trained_BC = own_logprobs(state.params["table"], batch)
-    state, metrics = update(state, batch)
+    state, metrics = update(state, [batch])
     assert int(state.step) == 3
 
     once, state = learner.learner()
@@ -377,7 +422,7 @@ def test_several_updates_of_a_batch_measure_from_the_policy_that_it_arrived_at(b
     step = make_step(
         learner, optimizer, AlgorithmSection(), LAYOUTS["shared"], TEMPERATURE, mesh, state
     )
-    state, _ = once(state, batch)
+    state, _ = once(state, [batch])
     for _ in range(2):
         new_BC, _ = own_logprobs(state.params["table"], batch)
         state, expected = step(state, batch, {}, Anchors(np.float32(old_BC)))
@@ -388,9 +433,60 @@ def test_several_updates_of_a_batch_measure_from_the_policy_that_it_arrived_at(b
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
 
     update, state = learner.learner(updates_per_batch=3)
-    state, metrics = update(state, spoil(batch, np.nan))
+    state, metrics = update(state, [spoil(batch, np.nan)])
     assert metrics["update/skipped"] == metrics["update/nonfinite"] == 3
     assert int(state.skipped_in_a_row) == 3
+
+
+def by_token(found: list[dict], name: str) -> float:
+    """The mean over steps, where each counts as often as it trains tokens."""
+    tokens = [float(metrics["tokens/trained"]) for metrics in found]
+    return sum(float(m[name]) * n for m, n in zip(found, tokens, strict=True)) / sum(tokens)
+
+
+def test_minibatches_are_steps_of_their_own_measured_from_where_the_batch_arrived(sampled):
+    """3 prompts in two parts, gone over twice."""
+    c, learner = LAYOUTS["shared"], Bigram()
+    parts = [pack(*(x[part] for x in sampled[0]), c) for part in (slice(1), slice(1, 3))]
+    cut = [pack(*part, c) for part in minibatches(2, *sampled[0])]
+    assert_bitwise(cut, parts)
+    given = {"minibatches": 2, "updates_per_batch": 2, "kl_coefficient": 0.1}
+    update, state = learner.learner(optimizer=FAST, **given)
+    _, by_hand = learner.learner(optimizer=FAST)
+    old = [np.float32(own_logprobs(by_hand.params["table"], part)[0]) for part in parts]
+    state, metrics = update(state, cut)
+
+    mesh, optimizer = make_mesh(MESHES["one_device"]), make_optimizer(FAST)
+    section = AlgorithmSection(kl_coefficient=0.1)
+    step = make_step(learner, optimizer, section, c, TEMPERATURE, mesh, by_hand)
+    for _ in range(2):
+        found = []
+        for part, old_BC in zip(parts, old, strict=True):
+            by_hand, last = step(by_hand, part, {}, Anchors(old_BC, old_BC))
+            found.append(last)
+    assert_close(host(state.params), host(by_hand.params), 1e-5)
+    assert int(state.step) == 4 and metrics["tokens/trained"] == sum(
+        part.loss_mask_BC.sum() for part in parts
+    )
+    for name in ("loss", "grad_norm", "kl/reference", "mismatch/k3"):
+        np.testing.assert_allclose(metrics[name], by_token(found, name), rtol=1e-4, err_msg=name)
+    for name, extreme in (("ratio/max", max), ("ratio/min", min), ("mismatch/geometric_min", min)):
+        expected = extreme(float(last[name]) for last in found)
+        np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, err_msg=name)
+    assert int(metrics["update/compiled_shapes"]) == len({part.tokens_BT.shape for part in parts})
+
+
+def test_a_minibatch_with_nothing_to_train_is_left_out_of_what_a_step_reports(batches):
+    update, state = Bigram().learner(minibatches=2, proximal="engine")
+    alone, only = Bigram().learner(proximal="engine")
+    state, metrics = update(state, [batches[0], empty(batches[1])])
+    only, expected = alone(only, [batches[0]])
+    assert metrics["update/skipped"] == 1 and int(state.skipped_in_a_row) == 0
+    assert_bitwise(host(state.params), host(only.params))
+    for name in expected.keys() - {"update/skipped"}:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6, err_msg=name)
+    _, metrics = update(state, [empty(batch) for batch in batches[:2]])
+    assert metrics["update/skipped"] == 2 and all(np.isfinite(x) for x in metrics.values())
 
 
 def test_neither_rows_nor_micro_batches_nor_the_mesh_change_what_is_learned(sampled):
@@ -415,7 +511,7 @@ def test_neither_rows_nor_micro_batches_nor_the_mesh_change_what_is_learned(samp
         update, state = Bigram().learner(where, c, FAST, **algorithm)
         shares = make_shares(algorithm["aggregation"], 1)
         for each in sampled[:2]:
-            state, metrics = update(state, pack(*each, c, shards, shares=shares))
+            state, metrics = update(state, [pack(*each, c, shards, shares=shares)])
         assert 0 < metrics["correction/masked_fraction"] < 1 and metrics["clip_fraction"] > 0
         found.append((host(state.params), host(metrics)))
     for params, metrics in found[1:]:
@@ -432,8 +528,8 @@ def test_a_mesh_gives_the_parameters_of_one_device(learners, params, batches):
     single, mesh = learners.values()
     one, many = single.start(params), mesh.start(params)
     for batch in batches:
-        one, metrics = single.update(one, batch)
-        many, metrics_of_many = mesh.update(many, batch)
+        one, metrics = single.update(one, [batch])
+        many, metrics_of_many = mesh.update(many, [batch])
         for name, value in metrics.items():
             np.testing.assert_allclose(metrics_of_many[name], value, rtol=1e-3, atol=1e-5)
     assert_close(host(many.params), host(one.params), 1e-5)
@@ -452,7 +548,7 @@ def test_state_stays_where_it_was_created_and_is_consumed(learner, params, batch
     assert all(leaf.sharding.spec == shapes[leaf.shape] for leaf in moments)
     for batch in batches[:2]:
         before = state
-        state, _ = learner.update(state, batch)
+        state, _ = learner.update(state, [batch])
         assert jax.tree.map(lambda x: x.sharding, state) == first
         large = [leaf for leaf in jax.tree.leaves(before) if leaf.ndim]
         assert all(leaf.is_deleted() for leaf in large)
@@ -469,7 +565,7 @@ def test_the_rows_of_a_batch_are_split_over_data_and_fsdp(layout, sampled):
 
     update, state = Watching().learner("mesh", LAYOUTS[layout])
     batch = pack(*sampled[0], LAYOUTS[layout], SHARDS)
-    update(state, batch)
+    update(state, [batch])
     B, T = batch.tokens_BT.shape
     limit = LAYOUTS[layout].max_tokens_per_microbatch or B * T
     rows = rows_of_microbatch(B, T, limit, SHARDS)
@@ -481,14 +577,14 @@ def test_updates_of_one_shape_are_compiled_once(batches, caplog):
         return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
 
     update, state = Bigram().learner()
-    state, _ = update(state, batches[0])
+    state, _ = update(state, [batches[0]])
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
         for batch in (*batches[1:], spoil(batches[0], np.nan), empty(batches[0])):
-            state, metrics = update(state, batch)
+            state, metrics = update(state, [batch])
             assert int(metrics["update/compiled_shapes"]) == 1
         assert not compiled()
         half = jax.tree.map(lambda x: x[:2], batches[0])
-        _, metrics = update(state, half)
+        _, metrics = update(state, [half])
         assert int(metrics["update/compiled_shapes"]) == 2
         assert any("step" in message for message in compiled())  # one that is, is noticed
 
@@ -510,7 +606,7 @@ def test_logits_of_as_many_tokens_exist_as_the_knob_allows(logits_mib, most, sam
 
     c = UpdateSection(logits_mib=logits_mib)
     update, state = Watching(vocab_size=2**17).learner(c=c)  # half a MiB of logits a token
-    update(state, pack(*sampled[0], c))
+    update(state, [pack(*sampled[0], c)])
     assert set(seen) == {most}
 
 
@@ -526,9 +622,9 @@ def test_moments_in_host_memory_change_nothing_and_stay_there(config, params, ba
     hosted = Learner(config, params, "mesh", offload="host")
     near, far = here.start(params), hosted.start(params)
     for batch in batches[::2]:
-        near, _ = here.update(near, batch)
+        near, _ = here.update(near, [batch])
         before = far
-        far, _ = hosted.update(far, batch)
+        far, _ = hosted.update(far, [batch])
         assert {leaf.sharding.memory_kind for leaf in moments(far)} == {"pinned_host"}
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(far.params)} == {"device"}
         assert all(leaf.is_deleted() for leaf in moments(before))
@@ -536,15 +632,12 @@ def test_moments_in_host_memory_change_nothing_and_stay_there(config, params, ba
             assert a.sharding.spec == b.sharding.spec
         assert_close(host(far), host(near), 1e-6)  # other fusions round otherwise
     before = host(far)
-    far, _ = hosted.update(far, spoil(batches[1], np.nan))
+    far, _ = hosted.update(far, [spoil(batches[1], np.nan)])
     assert_bitwise(host(far.params), before.params)
     assert_bitwise(host(far.opt_state), before.opt_state)
 
     checkpoint.save(tmp_path, 3, far, {}, keep=1)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), far
-    )
-    restored = checkpoint.restore_newest(tmp_path, abstract)
+    restored = checkpoint.restore_newest(tmp_path, abstract(far))
     assert restored is not None
     assert_bitwise(host(restored.arrays), host(far))
     assert jax.tree.map(lambda x: x.sharding, restored.arrays) == jax.tree.map(
@@ -583,8 +676,8 @@ def test_a_first_moment_in_bfloat16_halves_it_and_little_else(config, params, ba
     )
     one, other = exact.start(params), rounded.start(params)
     for batch in batches:
-        one, _ = exact.update(one, batch)
-        other, _ = rounded.update(other, batch)
+        one, _ = exact.update(one, [batch])
+        other, _ = rounded.update(other, [batch])
     adam = other.opt_state[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
@@ -645,27 +738,27 @@ def test_gradients_of_the_head_add_up_in_float32_over_chunks_of_logits(config):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])  # 1e30: only the norm overflows
 def test_a_non_finite_update_changes_nothing_and_is_counted(value, learner, params, batches):
     state = learner.start(params)
-    state, _ = learner.update(state, batches[0])  # moments are no longer zeros
+    state, _ = learner.update(state, [batches[0]])  # moments are no longer zeros
     before = host(state)
     for count in (1, 2):
-        state, metrics = learner.update(state, spoil(batches[1], value))
+        state, metrics = learner.update(state, [spoil(batches[1], value)])
         assert_bitwise(host(state.params), before.params)
         assert_bitwise(host(state.opt_state), before.opt_state)
         assert int(state.skipped_in_a_row) == count and int(state.step) == 1 + count
         assert metrics["update/skipped"] == metrics["update/nonfinite"] == 1.0
         assert metrics["update_norm"] == metrics["update_ratio"] == 0.0
         assert not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"])
-    state, metrics = learner.update(state, batches[1])
+    state, metrics = learner.update(state, [batches[1]])
     assert int(state.skipped_in_a_row) == 0 and metrics["update/skipped"] == 0.0
 
 
 def test_after_a_skipped_update_training_goes_on_as_if_it_had_not_been(single, params, batches):
     straight, bumpy = single.start(params), single.start(params)
     for batch in batches:
-        straight, _ = single.update(straight, batch)
-        bumpy, _ = single.update(bumpy, spoil(batch, np.nan))
-        bumpy, _ = single.update(bumpy, empty(batch))
-        bumpy, _ = single.update(bumpy, batch)
+        straight, _ = single.update(straight, [batch])
+        bumpy, _ = single.update(bumpy, [spoil(batch, np.nan)])
+        bumpy, _ = single.update(bumpy, [empty(batch)])
+        bumpy, _ = single.update(bumpy, [batch])
     assert_bitwise(host(bumpy.params), host(straight.params))
     assert_bitwise(host(bumpy.opt_state), host(straight.opt_state))
 
@@ -674,9 +767,9 @@ def test_a_batch_with_nothing_to_train_changes_nothing_and_is_not_a_failure(
     learner, params, batches
 ):
     state = learner.start(params)
-    state, _ = learner.update(state, batches[0])
+    state, _ = learner.update(state, [batches[0]])
     before = host(state)
-    state, metrics = learner.update(state, empty(batches[1]))
+    state, metrics = learner.update(state, [empty(batches[1])])
     assert_bitwise(host(state.params), before.params)  # weight decay, too, was left out
     assert_bitwise(host(state.opt_state), before.opt_state)
     assert int(state.skipped_in_a_row) == 0 and int(state.step) == 2
@@ -693,7 +786,7 @@ def test_a_batch_with_nothing_to_train_does_not_end_a_row_of_failures(single, pa
         (spoil(batches[0], np.nan), 2),
         (batches[0], 0),
     ):
-        state, _ = single.update(state, batch)
+        state, _ = single.update(state, [batch])
         assert int(state.skipped_in_a_row) == count
 
 

@@ -194,7 +194,7 @@ class Learner:
         )
         batch = pack(groups, *advantages, self.section, 1, self.policy.config.key_cost)
         self.rows = "{} x {}".format(*batch.tokens_BT.shape)
-        self.state, metrics = self._update(self.state, batch)
+        self.state, metrics = self._update(self.state, [batch])
         jax.block_until_ready((self.state, metrics))
 
 

@@ -176,7 +176,7 @@ def sizes(
     def wire(specs: dict[LeafPath, ParamSpec], dtype: str) -> int:
         return ITEM_BYTES[dtype] * sum(math.prod(t.shape) for t in hf_tensors(specs).values())
 
-    packed = sum(array.nbytes for array in batch)
+    packed = c.algorithm.minibatches * sum(array.nbytes for array in batch)
     publish = wire(trained, c.wire_dtype)
     versions = c.publish.keep_versions if c.rollout.engine == "vllm" else 0
     kv = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim

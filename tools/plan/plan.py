@@ -7,9 +7,11 @@ from typing import Any
 import jax
 
 from jaxrl.config import Config
-from jaxrl.learner import check_lengths
+from jaxrl.learner import check_lengths, open_reference
+from jaxrl.mesh import param_shardings
 from jaxrl.model_dir import find_model
 from jaxrl.models.config import load_config
+from jaxrl.models.params import leaf_at, param_specs
 from jaxrl.settings import revise
 from tools.plan import report
 from tools.plan.estimate import (
@@ -58,7 +60,8 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
     sections.append(_outside(size, options.link_gbps, c))
     if step is not None:
         publish = publish_seconds(c, size.publish, options.link_gbps) or 0.0
-        both = pools(c, step.step, publish, options.engine_tokens_per_s)
+        updates = c.algorithm.steps_per_batch * step.step
+        both = pools(c, updates, publish, options.engine_tokens_per_s)
         sections.append(_pools(both, size, c))
     if not fits:
         sections.append(_advice(setup, target, options, kept))
@@ -81,8 +84,15 @@ def _held_beside(setup: Setup, size: Sizes, target: Target) -> dict[str, int]:
     if compares:
         text = "the last version, to take differences from (publish.compare)"
         held[text] = size.publish // len(target.devices)
-    if c.algorithm.kl_coefficient and not c.lora.rank:
-        width = setup.policy.compute_dtype.itemsize
+    algorithm, width = c.algorithm, setup.policy.compute_dtype.itemsize
+    if algorithm.reference is not None:
+        specs = param_specs(open_reference(c)[1])
+        shardings = param_shardings(specs, setup.mesh)
+        held["the reference policy (algorithm.reference)"] = width * sum(
+            math.prod(leaf_at(shardings, path).shard_shape(spec.shape))
+            for path, spec in specs.items()
+        )
+    elif algorithm.kl_coefficient and not (algorithm.reference_every or c.lora.rank):
         text = "the reference policy (algorithm.kl_coefficient)"
         held[text] = _local_bytes(setup.state.params) * width // 4
     return held
@@ -157,10 +167,10 @@ def _memory(
                 },
             )
         )
-    share = _local_bytes(setup.state)
-    lines.append(
-        Line("state", f"{gib(share)}: parameters and optimizer, float32", {"bytes": share})
-    )
+    share, what = _local_bytes(setup.state), "parameters and optimizer, float32"
+    if setup.state.reference is not None:
+        what += ", and the reference policy (algorithm.reference_every)"
+    lines.append(Line("state", f"{gib(share)}: {what}", {"bytes": share}))
     if kept:
         lines.append(Line("kept", f"{gib(kept)}: {', and '.join(held)}", {"bytes": kept}))
     have = target.memory_bytes

@@ -56,7 +56,7 @@ class Setup:
     mesh: Any
     state: Any
     frozen: Any
-    batch: TrainBatch  # of numpy arrays: every prompt and completion at its limit
+    batch: TrainBatch  # of numpy arrays, one minibatch: every prompt and completion at its limit
     policy: Any
 
 
@@ -81,21 +81,27 @@ def prepare(c: Config, decoder: DecoderConfig, target: Target) -> Setup:
             param_shardings(specs, mesh),
         )
 
+    policy = make_policy(c, decoder, mesh)
+    state = abstract_state(abstract(trained, "float32"), make_optimizer(c.optimizer), mesh)
+    if c.algorithm.reference_every:
+        dtype = str(policy.compute_dtype) if lora is None else "float32"
+        state = state._replace(reference=abstract(trained, dtype))
     return Setup(
         c,
         decoder,
         specs,
         trained,
         mesh,
-        abstract_state(abstract(trained, "float32"), make_optimizer(c.optimizer), mesh),
+        state,
         {} if lora is None else abstract(specs, FROZEN_DTYPE),
         largest_batch(c, row_shards(mesh), decoder.key_cost),
-        make_policy(c, decoder, mesh),
+        policy,
     )
 
 
 def largest_batch(c: Config, shards: int, key_cost: float) -> TrainBatch:
-    """What `jaxrl.packing` makes of a step in which every prompt and completion is at its limit."""
+    """What `jaxrl.packing` makes of the largest minibatch of a step in which every prompt and
+    completion is at its limit."""
     from jaxrl.packing import pack
 
     new = c.rollout.max_new_tokens
@@ -103,8 +109,9 @@ def largest_batch(c: Config, shards: int, key_cost: float) -> TrainBatch:
         np.zeros(new, np.int32), np.zeros(new, np.float32), np.zeros(new, np.int64), "length", 0
     )
     prompt = Prompt(0, "", (0,) * c.data.max_prompt_tokens, {})
-    groups = [Group(prompt, (rollout,) * c.rollout.group_size)] * c.rollout.prompts_per_step
-    ones = np.ones((c.rollout.prompts_per_step, c.rollout.group_size), np.float32)
+    prompts = -(-c.rollout.prompts_per_step // c.algorithm.minibatches)
+    groups = [Group(prompt, (rollout,) * c.rollout.group_size)] * prompts
+    ones = np.ones((prompts, c.rollout.group_size), np.float32)
     return pack(groups, ones, ones, c.update, shards, key_cost)
 
 
