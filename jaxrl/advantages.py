@@ -42,6 +42,8 @@ def estimate_advantages(
     equal ones for the estimator; with `mask_equal_rewards` it leaves like an unknown. With
     `mask_truncated` truncated completions leave the loss, and nothing else.
 
+    `none` asks for no reward: every advantage is 0, and every completion is trained on.
+
     Args:
       rewards_PG: float32 [P, G], NaN where unknown.
       tokens_PG: int [P, G], how many tokens of each completion can be trained on.
@@ -59,6 +61,9 @@ def estimate_advantages(
       UserError: the estimator is the user's own, and cannot be called, or returns something else
         than [P, G].
     """
+    if c.advantage == "none":
+        shape = rewards_PG.shape
+        return Advantages(np.zeros(shape, np.float32), np.ones(shape, np.float32))
     known_PG = np.isfinite(rewards_PG)
     if c.length_bounds is not None:
         lengths_PG = tokens_PG if lengths_PG is None else lengths_PG

@@ -75,6 +75,7 @@ def best_of(known, i):
 # (known rewards of the group, place in it, all rewards, those rewards once for each token, all
 # distances to the mean of a group once for each token, and once each) -> advantage
 FORMULAS = {
+    "none": lambda *_: 0.0,
     "grpo": lambda known, i, *_: (known[i] - mean(known)) / (std(known) + EPS),
     "dr_grpo": lambda known, i, *_: known[i] - mean(known),
     "rloo": lambda known, i, *_: known[i] - mean(known[:i] + known[i + 1 :]),
@@ -104,6 +105,8 @@ def reference(rewards_PG, tokens_PG, advantage, mask_equal_rewards):
         known = [float(group[g]) for g in places]
         equal = len(known) > 0 and max(known) - min(known) <= 1e-6
         leaves = len(known) < 2 or (equal and mask_equal_rewards)
+        if advantage == "none":  # looks at no reward
+            places, known, leaves = list(range(len(group))), [0.0] * len(group), False
         groups.append(([], []) if leaves else (places, known))
     every = [reward for _, known in groups for reward in known]
     by_token, distances, each = [], [], []

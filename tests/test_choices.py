@@ -22,17 +22,28 @@ PAPERS = {
     "liteppo": "batch_std ppo_clip 0.2 0.2 token_mean trainer token_tis",
     "scalerl": "scalerl cispo 0.2 0.28 prompt_mean engine none",
     "maxrl": "maxrl ppo_clip 0.2 0.28 token_mean trainer token_tis",
+    "distill": "none ppo_clip 0.2 0.28 token_mean trainer token_tis",
 }
+KL = {"grpo": 0.04, "distill": 1.0}
+NO_MASK = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "distill")
+
+
+def with_preset(name: str) -> dict:
+    """What a distillation lacks is the teacher."""
+    teacher = {"algorithm__reference": "teacher"} if name == "distill" else {}
+    return tree(algorithm__preset=name, **teacher)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_its_paper(tmp_path, preset):
-    config = load_tree(tmp_path, tree(algorithm__preset=preset))
+    config = load_tree(tmp_path, with_preset(preset))
     c = config.algorithm
     keys = ("advantage", "loss", "clip_low", "clip_high", "aggregation", "proximal", "correction")
     assert " ".join(str(getattr(c, key)) for key in keys) == PAPERS[preset]
-    assert c.kl_coefficient == (0.04 if preset == "grpo" else 0.0)
-    assert c.mask_equal_rewards == (preset not in ("grpo", "dr_grpo", "rloo", "reinforce_pp"))
+    assert c.kl_coefficient == KL.get(preset, 0.0)
+    assert c.kl_estimator == ("k2" if preset == "distill" else "k3")
+    assert c.minibatches == c.steps_per_batch == (4 if preset == "gspo" else 1)
+    assert c.mask_equal_rewards == (preset not in NO_MASK)
     # What --dry-run prints and a run keeps is resolved, and means the same.
     assert load_tree(tmp_path, to_yaml(config)) == config
 
@@ -46,6 +57,7 @@ def test_what_is_set_beside_a_preset_wins(preset):
         "clip_high": 0.12,
         "aggregation": "sequence_mean_token_sum",
         "kl_coefficient": 0.5,
+        "minibatches": 3,
         "cispo_max": 7.0,
     }
     section = AlgorithmSection(preset=preset, **others)
@@ -87,6 +99,27 @@ def test_the_constant_of_the_norm_is_the_longest_completion_unless_it_is_set(tmp
                 "correction = none",
             ],
         ),
+        (
+            {"algorithm__minibatches": 33},
+            ["algorithm.minibatches = 33", "rollout.prompts_per_step = 32"],
+        ),
+        (
+            {"algorithm__reference": "teacher"},
+            ["algorithm.reference = teacher with algorithm.kl_coefficient = 0"],
+        ),
+        (
+            {"algorithm__reference_every": 5},
+            ["algorithm.reference_every = 5 with algorithm.kl_coefficient = 0"],
+        ),
+        (
+            {
+                "algorithm__reference": "teacher",
+                "algorithm__reference_every": 5,
+                "algorithm__kl_coefficient": 0.1,
+            },
+            ["algorithm.reference_every = 5 with algorithm.reference = teacher", "leave out one"],
+        ),
+        ({"algorithm__preset": "distill"}, ["algorithm.advantage = none", "algorithm.reference"]),
     ],
 )
 def test_mistakes_are_told_with_the_way_out(tmp_path, changes, words):
@@ -96,7 +129,7 @@ def test_mistakes_are_told_with_the_way_out(tmp_path, changes, words):
 
 def test_presets_contradict_nothing():
     for preset in PRESETS:
-        content = tree(algorithm__preset=preset)
+        content = with_preset(preset)
         assert contradictions(Config.model_validate(content)) == []
 
 

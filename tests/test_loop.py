@@ -249,7 +249,7 @@ def test_what_is_known_of_a_completion_reaches_its_advantage(
 ):
     stand_ins, batches, turns = Run(), [], [itertools.count(), itertools.count()]
     update = stand_ins.update
-    stand_ins.update = lambda state, batch: batches.append(batch) or update(state, batch)
+    stand_ins.update = lambda state, parts: batches.append(parts) or update(state, parts)
     judges = (
         lambda *_: float(next(turns[0]) % 2),  # 0 and 1 in each group
         lambda prompt, _: 1.0 - next(turns[1]) % 2 * (prompt.id % 2),  # 1, and in one group 1 and 0
@@ -257,7 +257,7 @@ def test_what_is_known_of_a_completion_reaches_its_advantage(
     stand_ins.reward = Reward(("main", "further"), np.array([1.0, 0.5]), judges)
     sections = {"algorithm": {"mask_equal_rewards": False} | algorithm, "reward": reward}
     stand_ins.go(tmp_path, steps=1, sections=sections, max_new_tokens=2)
-    (batch,), metrics = batches, stand_ins.logged[-1]
+    ((batch,),), metrics = batches, stand_ins.logged[-1]
     found = np.unique(batch.advantages_BC[batch.loss_mask_BC > 0].round(4))
     np.testing.assert_allclose(found, advantages, atol=2e-4)
     assert metrics["reward/main/mean"] == 0.5 and metrics["reward/mean"] == pytest.approx(11 / 12)

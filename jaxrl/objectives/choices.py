@@ -17,6 +17,7 @@ ADVANTAGES = (
     "gdpo",
     "maxrl",
     "pass_at_k",
+    "none",
 )
 LOSSES = ("ppo_clip", "gspo", "gspo_token", "cispo", "sapo", "dppo", "gmpo")
 
@@ -29,6 +30,8 @@ IMPLIED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("loss", "gmpo"): {"clip_low": 0.4, "clip_high": 0.4},
     # Its baseline is the batch's mean, so a group of equal rewards has something to say.
     ("advantage", "reinforce_pp"): {"mask_equal_rewards": False},
+    # It looks at no reward.
+    ("advantage", "none"): {"mask_equal_rewards": False},
     # The ratio already measures from the engine.
     ("proximal", "engine"): {"correction": "none"},
 }
@@ -56,7 +59,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "aggregation": "sequence_mean_token_sum",
     },
     "reinforce_pp": _PPO | {"advantage": "reinforce_pp", "aggregation": "token_mean"},
-    "gspo": {"advantage": "grpo", "loss": "gspo", "aggregation": "sequence_mean_token_mean"},
+    "gspo": {
+        "advantage": "grpo",
+        "loss": "gspo",
+        "aggregation": "sequence_mean_token_mean",
+        "minibatches": 4,
+    },
     "cispo": {
         "advantage": "grpo",
         "loss": "cispo",
@@ -74,6 +82,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "proximal": "engine",
     },
     "maxrl": {"advantage": "maxrl"},
+    "distill": {"advantage": "none", "kl_coefficient": 1.0, "kl_estimator": "k2"},
 }
 
 
