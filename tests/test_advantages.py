@@ -203,6 +203,12 @@ def test_rewards_of_equal_sums_teach_gdpo_alone():
     assert compute_parts(parts_PGR).weights_PG.all()
 
 
+def test_a_reward_without_weight_does_not_make_a_group_unequal():
+    parts_PGR = [[[0.0, 1.0, 2.0], [1.0, 1.0, 2.0]]]
+    assert not compute_parts(parts_PGR, [0.0, 1.0, 3.0]).weights_PG.any()
+    assert compute_parts(parts_PGR, [0.1, 1.0, 3.0]).weights_PG.all()
+
+
 @fast
 @given(
     parts_PGR=several,

@@ -59,8 +59,8 @@ def test_rewards_are_described_by_the_known_ones():
 
 def test_groups_of_several_rewards_are_solved_or_not_by_the_main_one():
     main_PG = np.array([[1.0, 0.0], [0.0, 0.0], [math.nan, math.nan]])
-    found = describe_rewards(main_PG + 1.0, np.ones((3, 2)), main_PG)
-    assert (found["reward/mean"], found["reward/unknown"]) == (1.25, 2.0)
+    found = describe_rewards(main_PG - 1.0, np.ones((3, 2)), main_PG)
+    assert (found["reward/mean"], found["reward/unknown"]) == (-0.75, 2.0)
     assert (found["reward/pass_at_k"], found["reward/fraction_groups_all_full"]) == (0.5, 0.0)
     assert found["reward/fraction_groups_all_lowest"] == 0.5
 
