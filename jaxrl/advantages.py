@@ -42,7 +42,7 @@ def estimate_advantages(
     equal ones for the estimator; with `mask_equal_rewards` it leaves like an unknown. With
     `mask_truncated` truncated completions leave the loss, and nothing else.
 
-    `none` asks for no reward: every advantage is 0, and every completion is trained on.
+    `none` asks for no reward: every advantage is 0, and unknown rewards leave nothing out.
 
     Args:
       rewards_PG: float32 [P, G], NaN where unknown.
@@ -61,14 +61,15 @@ def estimate_advantages(
       UserError: the estimator is the user's own, and cannot be called, or returns something else
         than [P, G].
     """
+    lengths_PG = tokens_PG if lengths_PG is None else lengths_PG
+    fewest, most = c.length_bounds or (0, np.inf)
+    kept_PG = (fewest <= lengths_PG) & (lengths_PG <= most)
+    in_loss_PG = kept_PG
+    if c.mask_truncated and truncated_PG is not None:
+        in_loss_PG = kept_PG & ~truncated_PG
     if c.advantage == "none":
-        shape = rewards_PG.shape
-        return Advantages(np.zeros(shape, np.float32), np.ones(shape, np.float32))
-    known_PG = np.isfinite(rewards_PG)
-    if c.length_bounds is not None:
-        lengths_PG = tokens_PG if lengths_PG is None else lengths_PG
-        fewest, most = c.length_bounds
-        known_PG &= (fewest <= lengths_PG) & (lengths_PG <= most)
+        return Advantages(np.zeros(kept_PG.shape, np.float32), in_loss_PG.astype(np.float32))
+    known_PG = kept_PG & np.isfinite(rewards_PG)
     if c.advantage != "gdpo" or parts_PGR is None or parts_weights_R is None:
         parts_PGR, parts_weights_R = rewards_PG[:, :, None], np.ones(1)
 
@@ -86,9 +87,7 @@ def estimate_advantages(
     parts_PGR = np.where(trained_PG[:, :, None], parts_PGR, np.nan)
     tokens_PG = np.where(trained_PG, tokens_PG, 0)
     advantages_PG = _estimate(c.advantage, parts_PGR, parts_weights_R, tokens_PG)
-    trained_PG &= np.isfinite(advantages_PG)
-    if c.mask_truncated and truncated_PG is not None:
-        trained_PG &= ~truncated_PG
+    trained_PG &= in_loss_PG & np.isfinite(advantages_PG)
     advantages_PG = np.where(trained_PG, advantages_PG, 0.0)
     return Advantages(advantages_PG.astype(np.float32), trained_PG.astype(np.float32))
 

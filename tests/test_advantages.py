@@ -242,7 +242,7 @@ def test_a_completion_that_is_unknown_or_rejected_is_as_if_it_were_not_there(adv
     lengths_PG[:, [0, 2]] = 3, 9  # the bounds themselves are kept
     fewer = compute(rewards_PG[:, THERE], lengths_PG[:, THERE], advantage=advantage)
     tokens_PG = lengths_PG.copy()
-    if why == "unknown":
+    if why == "unknown" and advantage != "none":  # which asks for no reward
         rewards_PG[:, GONE] = NAN
     else:
         lengths_PG[:, GONE] = 2 if why == "short" else 10

@@ -255,10 +255,12 @@ def test_what_is_known_of_a_completion_reaches_its_advantage(
         lambda prompt, _: 1.0 - next(turns[1]) % 2 * (prompt.id % 2),  # 1, and in one group 1 and 0
     )
     stand_ins.reward = Reward(("main", "further"), np.array([1.0, 0.5]), judges)
-    sections = {"algorithm": {"mask_equal_rewards": False} | algorithm, "reward": reward}
+    algorithm = {"mask_equal_rewards": False, "minibatches": 2} | algorithm
+    sections = {"algorithm": algorithm, "reward": reward}
     stand_ins.go(tmp_path, steps=1, sections=sections, max_new_tokens=2)
-    ((batch,),), metrics = batches, stand_ins.logged[-1]
-    found = np.unique(batch.advantages_BC[batch.loss_mask_BC > 0].round(4))
+    (batches,), metrics = batches, stand_ins.logged[-1]
+    trained = [batch.advantages_BC[batch.loss_mask_BC > 0] for batch in batches]
+    found = np.unique(np.concatenate(trained).round(4))
     np.testing.assert_allclose(found, advantages, atol=2e-4)
     assert metrics["reward/main/mean"] == 0.5 and metrics["reward/mean"] == pytest.approx(11 / 12)
     assert metrics.get("reward/overlong_mean", 0.0) == reward.get("overlong_penalty", 0.0)
