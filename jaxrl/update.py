@@ -57,7 +57,7 @@ Scorer = Callable[[Params, Params, TrainBatch], Scores]  # (params, frozen, batc
 def make_optimizer(c: OptimizerSection) -> Optimizer:
     """Global-norm clipping, then AdamW with linear warm-up (Loshchilov and Hutter, 1711.05101)."""
 
-    def rate(count: jax.Array) -> jax.Array:
+    def rate(count: Any) -> jax.Array:
         return c.learning_rate * jnp.minimum(1.0, (count + 1) / max(c.warmup_steps, 1))
 
     adamw = optax.adamw(

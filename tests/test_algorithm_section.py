@@ -14,7 +14,7 @@ from jaxrl.objectives.tokens import Anchors
 from jaxrl.packing import pack, usable_tokens
 from jaxrl.types import TrainBatch
 from tests.test_config import tree
-from tests.test_stability import TABLE, rollouts, updating
+from tests.test_stability import LENGTHS, TABLE, rollouts, updating
 from tests.test_update import Bigram, own_logprobs
 
 # The second group's rewards are all equal.
@@ -34,6 +34,8 @@ ACTS = {
     "preset": Acts("gspo"),
     "advantage": Acts("rloo"),
     "mask_equal_rewards": Acts(False),
+    "mask_truncated": Acts(True),
+    "length_bounds": Acts([2, 6]),
     "loss": Acts("cispo"),
     "clip_low": Acts(0.01),
     "clip_high": Acts(0.01),
@@ -67,7 +69,13 @@ def made(c: Config) -> tuple[TrainBatch, Anchors]:
     """What the loop makes of rollouts and rewards, with policies that are somewhat apart."""
     groups, _, _ = rollouts()
     tokens_PG = usable_tokens(groups, REWARDS_PG.shape[1])
-    advantages_PG, weights_PG = estimate_advantages(REWARDS_PG, tokens_PG, c.algorithm)
+    advantages_PG, weights_PG = estimate_advantages(
+        REWARDS_PG,
+        tokens_PG,
+        c.algorithm,
+        lengths_PG=np.array(LENGTHS),
+        truncated_PG=np.array(LENGTHS) == max(LENGTHS[0]),
+    )
     shares = make_shares(c.algorithm.aggregation, c.aggregation_constant)
     section = UpdateSection(row_tokens=16)
     batch = pack(groups, advantages_PG, weights_PG, section, shares=shares)
