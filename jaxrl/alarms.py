@@ -88,9 +88,9 @@ class Alarms:
             loss = metrics.get("loss", math.nan)
             said["nonfinite_updates"] = (
                 f"update/nonfinite = {nonfinite:.0f}, more than alarm.nonfinite_updates = "
-                f"{c.nonfinite_updates}: updates without effect, the step's last with loss = "
-                f"{loss:.2g} and grad_norm = {grad_norm:.2g}; look at samples/ for what was "
-                "trained on, or lower optimizer.learning_rate"
+                f"{c.nonfinite_updates}: updates without effect; loss = {loss:.2g} and grad_norm = "
+                f"{grad_norm:.2g} in this step. Look at samples/ for what was trained on, or lower "
+                "optimizer.learning_rate"
             )
         median = statistics.median(self._grad_norms) if len(self._grad_norms) >= _ENOUGH else None
         if c.grad_norm is not None and median is not None and grad_norm > c.grad_norm * median:

@@ -22,8 +22,8 @@ LOUD = [
     (
         "nonfinite_updates",
         {"update/nonfinite": 1.0, "loss": float("nan"), "grad_norm": float("nan")},
-        "update/nonfinite = 1, more than alarm.nonfinite_updates = 0: updates without effect, the "
-        "step's last with loss = nan and grad_norm = nan",
+        "update/nonfinite = 1, more than alarm.nonfinite_updates = 0: updates without effect; "
+        "loss = nan and grad_norm = nan in this step",
     ),
 ]
 
