@@ -320,9 +320,16 @@ def test_continuous_trains_while_a_version_is_on_its_way(tmp_path):
     assert book.trained == book.dispatched == STEPS * PROMPTS * GROUP
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "overlap", "continuous"])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("synchronous", {"temperature": 0.7, "top_p": 0.9}),
+        ("overlap", {"temperature": 0.7, "top_k": 5}),
+        ("continuous", {"temperature": 0.0, "beams": 4}),
+    ],
+)
 def test_an_evaluation_goes_first_with_settings_of_its_own_once_its_version_is_there(
-    tmp_path, mode
+    tmp_path, mode, options
 ):
     stand_ins = Run()
     stand_ins.held_out = [stand_ins.at(1000), stand_ins.at(1001)]
@@ -339,9 +346,9 @@ def test_an_evaluation_goes_first_with_settings_of_its_own_once_its_version_is_t
         return submit(requests, urgent)
 
     stand_ins.published, stand_ins.submit = on_its_way, watched
-    settings = {"every_steps": 2, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5}
+    settings = {"every_steps": 2, "max_new_tokens": 5} | options
     stand_ins.go(tmp_path, evaluate=settings, mode=mode)
-    sampling = Sampling(1, 5, 0.7, (1,), top_p=0.9)
+    sampling = Sampling(1, 5, stop_tokens=(1,), **options)
     assert asked == [(version, {sampling}) for version in (1, 3, 5)]
     assert [m.get("eval/accuracy") for m in stand_ins.logged] == [0.5, None, 0.5, None, 0.5]
     assert stand_ins.logged[-1]["ledger/dispatched"] == STEPS * PROMPTS * GROUP
