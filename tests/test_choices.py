@@ -43,6 +43,7 @@ def test_a_preset_is_its_paper(tmp_path, preset):
     assert c.kl_coefficient == KL.get(preset, 0.0)
     assert c.kl_estimator == ("k2" if preset == "distill" else "k3")
     assert c.minibatches == c.steps_per_batch == (4 if preset == "gspo" else 1)
+    assert c.scores_first == (preset == "gspo")  # more than one step a batch
     assert c.mask_equal_rewards == (preset not in NO_MASK)
     # What --dry-run prints and a run keeps is resolved, and means the same.
     assert load_tree(tmp_path, to_yaml(config)) == config
