@@ -323,7 +323,7 @@ class Collector:
         pending.judged = self._judge(group)
         self._judging.seconds += time.perf_counter() - start
         judged = pending.judged
-        known = judged.rewards_G[np.isfinite(judged.rewards_G)]
+        known = judged.rewards_G[np.isfinite(judged.rewards_G)].astype(np.float64)
         pending.equal = known.size < 2 or bool(np.ptp(known) <= EQUAL)
         main = judged.rewards_GR[:, 0].astype(np.float64)
         main = main[np.isfinite(main)]
