@@ -84,6 +84,12 @@ class Alarms:
                 f"{unknown / completions:.0%} of the rewards are unknown, more than "
                 f"alarm.unknown_rewards = {c.unknown_rewards:g}: the verifier fails, see its log"
             )
+        free_gib = metrics.get("host/disk_free_bytes", math.nan) / 2**30
+        if c.disk_free_gib is not None and free_gib < c.disk_free_gib:
+            said["disk_free_gib"] = (
+                f"{free_gib:.1f} GiB are free on the disk of run.dir, less than "
+                f"alarm.disk_free_gib = {c.disk_free_gib:g}: make room, or a checkpoint will fail"
+            )
         if c.nonfinite_updates is not None and nonfinite > c.nonfinite_updates:
             loss = metrics.get("loss", math.nan)
             said["nonfinite_updates"] = (

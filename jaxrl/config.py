@@ -719,6 +719,12 @@ class AlarmSection(Section):
     unknown_rewards: float | None = knob(
         0.05, "share of a step's completions whose reward is unknown", ge=0.0, le=1.0
     )
+    disk_free_gib: float | None = knob(
+        1.0,
+        "room on the disk of run.dir, below which checkpoints may soon fail",
+        unit="GiB",
+        gt=0.0,
+    )
 
 
 class LogSection(Section):

@@ -1,8 +1,12 @@
 """What a step is described by: its times, its rewards, its rollouts."""
 
 import math
+import os
+import resource
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,4 +150,14 @@ def describe_packing(groups: list[Group], batches: Sequence[TrainBatch]) -> dict
     return {
         "pack/efficiency": float(packed / sum(batch.group_BT.size for batch in batches)),
         "pack/shared_prompt_saving": float(1 - packed / unshared),
+    }
+
+
+def describe_host(folder: str) -> dict[str, int]:
+    """This process, and the disk that `folder` is on (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "host/resident_bytes": pages * resource.getpagesize(),
+        "host/open_files": len(os.listdir("/proc/self/fd")),
+        "host/disk_free_bytes": shutil.disk_usage(folder).free,
     }

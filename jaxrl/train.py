@@ -32,6 +32,7 @@ from jaxrl.led import LedCarrier, LedEngine
 from jaxrl.measure import (
     Clock,
     describe_advantages,
+    describe_host,
     describe_lag,
     describe_packing,
     describe_publish,
@@ -206,7 +207,7 @@ def run(
         metrics |= describe_packing(groups, batches)
         metrics |= describe_publish(report)
         metrics |= collector.metrics() | ledger.metrics() | parts.engines.status()
-        metrics["weights/version"] = version
+        metrics |= {"weights/version": version, **describe_host(c.run.dir)}
         for line in alarms.heard(metrics, rewards_PG.size):
             warn(f"step {step}: {line}")
         # Before the checkpoint: a step that a resumed run will not repeat has been reported.

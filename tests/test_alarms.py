@@ -12,12 +12,14 @@ CALM = {
     "grad_norm": 0.5,
     "reward/unknown": 0.0,
     "update/nonfinite": 0.0,
+    "host/disk_free_bytes": 2**31,
 }
 LOUD = [
     ("mismatch_k3", {"mismatch/k3": 0.02}, "mismatch/k3 = 0.02 nats, more than alarm.mismatch_k3"),
     ("ess", {"mismatch/ess": 0.4}, "mismatch/ess = 0.40, less than alarm.ess = 0.5"),
     ("entropy", {"entropy": 0.19}, "less than alarm.entropy = 0.1 of the first step's 2"),
     ("grad_norm", {"grad_norm": 5.1}, "more than alarm.grad_norm = 10 times its median of 0.5"),
+    ("disk_free_gib", {"host/disk_free_bytes": 1e9}, "0.9 GiB are free on the disk of run.dir"),
     ("unknown_rewards", {"reward/unknown": 4.0}, "6% of the rewards are unknown"),
     (
         "nonfinite_updates",

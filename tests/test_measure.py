@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import psutil
 import pytest
 
 from jaxrl import measure
@@ -10,6 +11,7 @@ from jaxrl.config import UpdateSection
 from jaxrl.measure import (
     Clock,
     describe_advantages,
+    describe_host,
     describe_lag,
     describe_packing,
     describe_rewards,
@@ -165,3 +167,14 @@ def test_laps_of_a_clock_share_out_the_step(monkeypatch):
     clock.lap("rollout")
     clock.lap("update")
     assert clock.metrics() == {"time/rollout_s": 1.0, "time/update_s": 2.5, "time/step_s": 3.75}
+
+
+def test_the_host_is_described_as_psutil_sees_it(tmp_path):
+    host = describe_host(str(tmp_path))
+    process = psutil.Process()
+    assert host["host/resident_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
+    assert host["host/disk_free_bytes"] == pytest.approx(
+        psutil.disk_usage(str(tmp_path)).free, rel=0.2
+    )
+    with (tmp_path / "open").open("w"):
+        assert describe_host(str(tmp_path))["host/open_files"] == host["host/open_files"] + 1
