@@ -35,9 +35,9 @@ STEP_METRICS = (
     "mismatch/k3 lag/max tokens_per_s/rollout tokens_per_s/train time/rollout_s time/update_s "
     "time/publish_s publish/bytes weights/version"
 )
-# What two runs of the same seed may differ in: clocks, version numbers that a kill has used up, and
-# how many shapes this process compiled.
-CLOCKS = ("time", "tokens_per_s/", "weights/version", "update/compiled_shapes")
+# What two runs of the same seed may differ in: clocks, the host, version numbers that a kill has
+# used up, and how many shapes this process compiled.
+CLOCKS = ("time", "tokens_per_s/", "weights/version", "update/compiled_shapes", "host/")
 
 
 def environment() -> dict[str, str]:
