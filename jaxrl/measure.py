@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl.advantages import EQUAL
 from jaxrl.types import Group, PublishReport, TrainBatch
 
-_SAME = 1e-6  # rewards closer than this are the same
-_FULL = 1.0 - _SAME
+FULL = 1.0 - EQUAL  # rewards from here on are the full one of 1
 
 
 class Clock:
@@ -43,15 +43,15 @@ def describe_rewards(
     known, known_PG = rewards_PG[np.isfinite(rewards_PG)], np.isfinite(main_PG)
     lowest_P = np.where(known_PG, main_PG, np.inf).min(axis=1)[known_PG.any(axis=1)]
     highest_P = np.where(known_PG, main_PG, -np.inf).max(axis=1)[known_PG.any(axis=1)]
-    worst_P = (highest_P <= lowest_P.min(initial=np.inf) + _SAME) & (highest_P < _FULL)
+    worst_P = (highest_P <= lowest_P.min(initial=np.inf) + EQUAL) & (highest_P < FULL)
     return {
         "reward/mean": _mean(known),
         "reward/std": float(known.std()) if known.size else math.nan,
         "reward/unknown": float(rewards_PG.size - known.size),
         "reward/fraction_groups_trained": float(weights_PG.any(axis=1).mean()),
         "reward/fraction_groups_all_lowest": _mean(worst_P),
-        "reward/fraction_groups_all_full": _mean(lowest_P >= _FULL),
-        "reward/pass_at_k": _mean(highest_P >= _FULL),
+        "reward/fraction_groups_all_full": _mean(lowest_P >= FULL),
+        "reward/pass_at_k": _mean(highest_P >= FULL),
     }
 
 

@@ -30,6 +30,7 @@ from jaxrl.learner import (
 )
 from jaxrl.led import LedCarrier, LedEngine
 from jaxrl.measure import (
+    FULL,
     Clock,
     describe_advantages,
     describe_host,
@@ -275,7 +276,7 @@ def evaluate(parts: Parts, collector: Collector) -> float:
     )
     groups = collector.ask(requests_for(c.run.seed, parts.held_out, sampling))
     judged = [judge(parts, group, 1) for group in groups]
-    return float(np.mean([each.rewards_GR[0, 0] >= 1.0 - 1e-6 for each in judged]))
+    return float(np.mean([each.rewards_GR[0, 0] >= FULL for each in judged]))
 
 
 def train(command: Command[Config], hosts: Hosts) -> int:

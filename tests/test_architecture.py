@@ -25,7 +25,6 @@ LAYERS = [  # a module imports only from rows above its own
         "jaxrl.durable",
         "jaxrl.config",
         "jaxrl.report",
-        "jaxrl.measure",
         "jaxrl.interrupt",
         "jaxrl.model_dir",
     ],
@@ -52,7 +51,7 @@ LAYERS = [  # a module imports only from rows above its own
     ["jaxrl.models.decoder", "jaxrl.models.lora"],
     ["jaxrl.advantages", "jaxrl.optimizer", "jaxrl.packing", "jaxrl.data"],
     ["bridge.placing", "bridge.compare"],
-    ["jaxrl.rewards.tasks"],
+    ["jaxrl.rewards.tasks", "jaxrl.measure"],
     ["jaxrl.rewards", "jaxrl.collect", "bridge.checkpoints", "bridge.export", "bridge.peft"],
     ["jaxrl.update", "jaxrl.sampler", "bridge.channels.layout", "bridge.generate"],
     [
