@@ -940,14 +940,7 @@ def contradictions(c: Config | SftConfig) -> list[str]:
     if isinstance(c, Config):
         found += _contradictions_of_publish(c) + _contradictions_of_rollouts(c)
         found += _contradictions_of_rewards(c)
-        parts, prompts = c.algorithm.minibatches, c.rollout.prompts_per_step
-        if parts > prompts:
-            found.append(
-                f"algorithm.minibatches = {parts}: a step has no more than "
-                f"rollout.prompts_per_step = {prompts} prompts to split; lower the one, or raise "
-                "the other"
-            )
-        return found + _contradictions_of_algorithm(c.algorithm)
+        return found + _contradictions_of_algorithm(c.algorithm, c.rollout.prompts_per_step)
     if "{completion}" not in c.data.completion_template:
         found.append("data.completion_template must contain {completion}, where the row's goes")
     return found
@@ -1092,8 +1085,14 @@ def _contradictions_of_servers(c: Config) -> list[str]:
     return found
 
 
-def _contradictions_of_algorithm(c: AlgorithmSection) -> list[str]:
+def _contradictions_of_algorithm(c: AlgorithmSection, prompts: int) -> list[str]:
     found = []
+    if c.minibatches > prompts:
+        found.append(
+            f"algorithm.minibatches = {c.minibatches}: a step has no more than "
+            f"rollout.prompts_per_step = {prompts} prompts to split; lower the one, or raise the "
+            "other"
+        )
     if c.proximal == "engine" and c.correction != "none":
         found.append(
             f"algorithm.correction = {c.correction} with algorithm.proximal = engine: ratios are "

@@ -1,8 +1,6 @@
 """Times what an objective adds to the update; see `tools.bench`."""
 
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from jaxrl.objectives.tokens import NO_ANCHORS, Anchors
 from jaxrl.packing import pack
 from jaxrl.types import TrainBatch
 from jaxrl.update import make_optimizer, make_step
+from tools.bench.timing import in_turn
 from tools.bench.work import Learner, Work, matmul_rate
 
 # All that costs something at once. Not the entropy bonus: its gradient is the model's.
@@ -56,7 +55,7 @@ def bench_loss(work: Work, repeat: int) -> dict[str, Any]:
         def run() -> Any:
             nonlocal state
             state, metrics = step(state, batch, {}, anchors)
-            return state, metrics
+            return jax.block_until_ready((state, metrics))
 
         return run
 
@@ -65,8 +64,8 @@ def bench_loss(work: Work, repeat: int) -> dict[str, Any]:
         cases[loss] = updating(c, anchors)
         alone[loss] = _alone(make_objective(c), scores, batch, anchors)
     rate = matmul_rate()
-    updates = _in_turn(cases, repeat)
-    seconds = _in_turn(alone, 20 * repeat)
+    updates = in_turn(cases, repeat)
+    seconds = in_turn(alone, 20 * repeat)
     rows = {
         loss: {
             "update_s": updates[loss],
@@ -120,20 +119,7 @@ def _alone(
 
     run = jax.jit(gradient_and_value)
     given = jax.device_put((scores, batch, anchors))
-    return lambda: run(*given)
-
-
-def _in_turn(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median seconds of each case."""
-    for run in cases.values():
-        jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return lambda: jax.block_until_ready(run(*given))
 
 
 def _print(record: dict[str, Any]) -> None:

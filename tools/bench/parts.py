@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from jaxrl.model_dir import engine_files
 from jaxrl.models.config import load_config
 from jaxrl.models.params import param_specs
 from jaxrl.types import Prompt, Sampling
+from tools.bench.timing import in_turn
 
 DEMO_DIR = Path("configs/tiny_policy")
 DEMO = load_config(DEMO_DIR)
@@ -24,15 +24,7 @@ DEMO = load_config(DEMO_DIR)
 
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 7) -> None:
     """Prints the median seconds of each case, timed in turn, and the ratio to the first."""
-    for run in cases.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = in_turn(cases, rounds)
     first = next(iter(medians.values()))
     for name, median in medians.items():
         print(f"{name:44s} {median:8.4f} s   {median / first:5.2f} x")
