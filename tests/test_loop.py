@@ -136,7 +136,7 @@ class Run:
     ) -> list[tuple]:
         config = Config.model_validate(
             {
-                "run": {"name": "x", "steps": steps},
+                "run": {"name": "x", "dir": str(folder), "steps": steps},
                 "model": {"path": "x"},
                 "data": {"source": "reasoning_gym", "task": "x"},
                 "rollout": {"prompts_per_step": PROMPTS, "group_size": GROUP, **rollout},
