@@ -2,7 +2,8 @@
 
 A bucket is one object, a list of uint8 arrays: Ray copies them into shared memory, end to end, and
 maps them into every reader without a copy. (It pickles bfloat16 arrays element by element: more
-than ten times slower; and an object for each tensor would be five times slower.)
+than ten times slower; an object for each tensor would be five times slower; and it starts threads
+to copy each array, so tensors that follow each other in memory are one: twice as fast.)
 
 The publisher owns the objects. A reader is not always a Ray worker (vLLM loads weights in a child
 process of the actor), and a reference that is pickled outside Ray's own messages pins its object
@@ -17,11 +18,12 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import ray
+from numpy.lib.stride_tricks import as_strided
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError
 
 from bridge.channels import Channel, ChannelError, Ticket, live
@@ -133,7 +135,7 @@ class ObjectStoreShipment:
     def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
         """Copies at memory speed."""
         with _plain_errors(self._version, f"put into the object store, bucket {entries[0].bucket}"):
-            reference = ray.put([_plain_bytes(array) for array in data])
+            reference = ray.put(_joined([_plain_bytes(array) for array in data]))
             _wait(self._shelf.add.remote(self._version, entries[0].bucket, [reference]))
 
     def finish(self, manifest: Manifest) -> Ticket:
@@ -194,7 +196,8 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
             if not again or time.monotonic() + _PAUSE_S >= end:
                 raise _explained(error, ticket.version, gcs, deadline_s, attempt) from error
         time.sleep(_PAUSE_S)
-    return Manifest.from_json(text), list(itertools.chain.from_iterable(buckets))
+    manifest = Manifest.from_json(text)
+    return manifest, list(_cut(manifest, itertools.chain.from_iterable(buckets)))
 
 
 def _get(version: int, gcs: str, name: str, timeout_s: float) -> list[Any]:
@@ -255,6 +258,33 @@ def _plain_bytes(data: np.ndarray) -> np.ndarray:
     if data.dtype != np.uint8 or data.ndim != 1:
         raise ChannelError(f"a tensor's bytes are uint8, not {data.dtype} {list(data.shape)}")
     return data
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The same bytes: arrays that follow each other in memory as one, valid for as long as they."""
+    runs: list[list[np.ndarray]] = []
+    for array in filter(len, arrays):
+        if runs and runs[-1][-1].ctypes.data + runs[-1][-1].nbytes == array.ctypes.data:
+            runs[-1].append(array)
+        else:
+            runs.append([array])
+    sizes = [sum(array.nbytes for array in run) for run in runs]
+    return [as_strided(run[0], (size,)) for run, size in zip(runs, sizes, strict=True)]
+
+
+def _cut(manifest: Manifest, joined: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """What is in the buckets for each tensor; the reverse of `_joined`."""
+    following, rest = iter(joined), np.empty(0, np.uint8)
+    for entry in manifest.tensors:
+        if entry.nbytes and not rest.nbytes:
+            rest = next(following, rest)
+        if rest.nbytes < entry.nbytes:
+            raise ChannelError(
+                f"weight version {manifest.version}, tensor {entry.name!r}: the object store does "
+                f"not hold the {entry.nbytes} bytes that the manifest promises"
+            )
+        yield rest[: entry.nbytes]
+        rest = rest[entry.nbytes :]
 
 
 def _check_capacity(version: int, nbytes: int, keep: int, pinned: int) -> None:

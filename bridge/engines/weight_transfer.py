@@ -387,16 +387,11 @@ def prove(manifest: wire.Manifest, data: Sequence[np.ndarray]) -> str:
     Raises:
       WireError: they are not the manifest's.
     """
+    tensors = [tensor for _, tensor in torch_view.tensors(manifest, data)]
+    digests = wire.xxh3_of_each(map(torch_view.tensor_bytes, tensors))
     arrived = [
-        dataclasses.replace(
-            entry,
-            dtype=_dtype(tensor),
-            shape=tuple(tensor.shape),
-            xxh3=wire.xxh3(torch_view.tensor_bytes(tensor)),
-        )
-        for entry, (_, tensor) in zip(
-            manifest.tensors, torch_view.tensors(manifest, data), strict=True
-        )
+        dataclasses.replace(entry, dtype=_dtype(tensor), shape=tuple(tensor.shape), xxh3=digest)
+        for entry, tensor, digest in zip(manifest.tensors, tensors, digests, strict=True)
     ]
     torn = [
         entry.name

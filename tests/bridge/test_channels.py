@@ -101,6 +101,21 @@ def test_what_arrives_is_what_left(channel):
     assert not any(bucket.flags.writeable for bucket in arrived)
 
 
+def test_tensors_may_lie_beside_each_other_in_memory_or_not(channel):
+    memory = np.random.default_rng(0).integers(0, 256, 64, np.uint8)
+    places = {"a": (0, 16), "b": (16, 24), "none": (24, 24), "c": (28, 40), "d": (40, 44)}
+    places |= {"before": (24, 28), "twice": (16, 24)}
+    sent = [
+        wire.HostTensor(name, "float32", ((end - start) // 4,), memory[start:end])
+        for name, (start, end) in places.items()
+    ]
+    ticket = mail(channel.publish(*wire.pack(1, sent, 1 << 20)))
+    manifest, arrived = channels.fetch(ticket, DEADLINE_S)
+    assert [entry.name for entry in manifest.tensors] == list(places)
+    for (start, end), array in zip(places.values(), arrived, strict=True):
+        assert array.tobytes() == memory[start:end].tobytes()
+
+
 def test_each_kept_ticket_fetches_its_own_version(channel):
     older, newer = (mail(channel.publish(*pack(v, version=v))) for v in (1, 2))
     assert_same(unpack(*channels.fetch(older, DEADLINE_S)), weights(1))
