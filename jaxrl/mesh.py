@@ -45,7 +45,9 @@ def make_mesh(c: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     need, have = math.prod(sizes), len(devices)
     asked = f"{_product(AXES)} = {' * '.join(map(str, sizes))} = {need} devices"
     if need > have:
-        raise UserError(f"{asked}, and jax sees {have} ({jax.default_backend()})")
+        backend = jax.default_backend()
+        divided = "; JAX_PLATFORMS=cpu divides the CPU into as many" if backend == "cpu" else ""
+        raise UserError(f"{asked}, and jax sees {have} ({backend}){divided}")
     if need < have and jax.process_count() > 1:
         raise UserError(
             f"{asked}, and the {jax.process_count()} processes have {have}; the mesh must use all "

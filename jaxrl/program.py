@@ -6,6 +6,7 @@ command line; 128 + n ended by signal n, after a checkpoint.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl.config import RunConfig
+from jaxrl.cpu import divide_cpu
 from jaxrl.interrupt import Interrupt
 from jaxrl.settings import C, Command, describe, parse_command_line, to_yaml
 from jaxrl.types import RunError, UserError
@@ -33,6 +35,7 @@ def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts],
         if command.dry_run:
             print(to_yaml(command.config) + "\n" + describe(command.config))
             return 0
+        divide_cpu_for(command.config)
         from jaxrl.hosts import join
         from jaxrl.led import follow
 
@@ -42,6 +45,15 @@ def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts],
         return code
     except (RunError, KeyboardInterrupt) as error:
         return report_error(error)
+
+
+def divide_cpu_for(c: RunConfig) -> None:
+    """As many devices as this process has of the mesh, where jax was told to use the CPU.
+
+    Not where jax finds nothing else: that an accelerator is missing must not pass unnoticed.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu" and c.hosts.coordinator != "auto":
+        divide_cpu(max(1, c.mesh.devices // (c.hosts.processes or 1)))
 
 
 def report_error(error: BaseException) -> int:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [  # a module imports only from rows above its own
-    ["jaxrl.no_tpu"],
+    ["jaxrl.no_tpu", "jaxrl.cpu"],
     [
         "jaxrl.types",
         "jaxrl.objectives.choices",
@@ -86,6 +86,7 @@ TRAINER = {"torch", "vllm", "ray", "transformers"}
 WORKER = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEVER_REACHES = {  # directly or through others
     "jaxrl.no_tpu": HEAVY,
+    "jaxrl.cpu": HEAVY,
     "jaxrl.types": HEAVY,
     "jaxrl.config": HEAVY,
     "jaxrl.objectives.choices": HEAVY,

@@ -305,9 +305,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_it_trains_where_torch_vllm_and_ray_are_not_installed(tmp_path):
+def test_it_trains_where_torch_vllm_and_ray_are_not_installed_on_a_cpu_in_two(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", BLOCK, *small(tmp_path, "--run.steps=2")],
+        [sys.executable, "-c", BLOCK, *small(tmp_path, "--run.steps=2", "--mesh.data=2")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -374,7 +374,6 @@ BAD_INPUT = {
         "line 2: not JSON",
     ),
     "unknown task": lambda f: (["--data.task=no_such_task"], "no_such_task"),
-    "too few devices": lambda f: (["--mesh.data=2"], "2 devices, and jax sees 1"),
     "no experts": lambda f: (["--mesh.expert=2"], "no experts to split; set it to 1"),
     "too long": lambda f: (["--rollout.max_new_tokens=4096"], "512 positions"),
 }

@@ -15,8 +15,8 @@
 
 The first five do a fixed work, float32 on CPU, from random weights: `--prompts` prompts of
 `--prompt-tokens` tokens, `--group` completions of each, of `--new` tokens (`--ragged`: of 1 to
---new). Times drift with the machine: each is the median of several, between measurements of a
-plain matrix product, and what counts is the ratio.
+--new), on the devices of `--mesh`. Times drift with the machine: each is the median of several,
+between measurements of a plain matrix product, and what counts is the ratio.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import json
 import sys
 from pathlib import Path
 
+from jaxrl.cpu import divide_cpu
 from jaxrl.types import UserError
+from tools.mesh_option import parse_mesh
 
 FIXED = ("train", "sample", "logprobs", "step", "loss")
 
@@ -53,7 +55,13 @@ def main() -> int:
     )
     add("--workers", type=_count, default=1, help="publish: that stage each version")
     add("--files", type=_count, default=4, help="convert: that hold the weights")
-    add("--mesh", default="fsdp=1", help="convert: data=, fsdp=, expert=, tensor=")
+    add(
+        "--mesh",
+        type=parse_mesh,
+        default="data=1",
+        metavar="data=2",
+        help="of the first five and of convert: sizes by name; a CPU is divided",
+    )
     options = parser.parse_args()
     if options.json is not None and options.what not in FIXED:
         parser.error(f"--json is for {', '.join(FIXED)}")
@@ -88,6 +96,7 @@ def main() -> int:
             return 0
         from tools.bench.work import Work, bench
 
+        divide_cpu(options.mesh.devices)
         work = Work(
             options.size,
             options.prompts,
@@ -95,6 +104,7 @@ def main() -> int:
             options.group,
             options.new,
             options.ragged,
+            options.mesh,
         )
         if options.what == "loss":
             from tools.bench.loss import bench_loss

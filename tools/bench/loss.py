@@ -78,6 +78,7 @@ def bench_loss(work: Work, repeat: int) -> dict[str, Any]:
     record = {
         "what": "loss",
         **work._asdict(),
+        "mesh": work.mesh.model_dump(),
         "sampled_tokens": "{} x {}".format(*batch.targets_BC.shape),
         "plain_update_s": updates[PLAIN],
         "losses": rows,
@@ -94,7 +95,14 @@ def _batch(work: Work, learner: Learner) -> TrainBatch:
     shape = work.lengths().shape
     advantages_PG = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     key_cost = learner.policy.config.key_cost
-    return pack(work.groups(), advantages_PG, np.ones(shape), learner.section, 1, key_cost)
+    return pack(
+        work.groups(),
+        advantages_PG,
+        np.ones(shape),
+        learner.section,
+        work.mesh.row_shards,
+        key_cost,
+    )
 
 
 def _policies(batch: TrainBatch) -> tuple[Anchors, Scores]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl.config import MeshSection
+from jaxrl.cpu import divide_cpu
 from jaxrl.model_dir import engine_files
 from jaxrl.models.config import load_config
 from jaxrl.models.params import param_specs
@@ -210,18 +212,14 @@ def bench_sampler() -> None:
         fleet.close()
 
 
-def bench_convert(gigabytes: float, files: int, mesh: str) -> None:
+def bench_convert(gigabytes: float, files: int, mesh: MeshSection) -> None:
     """Random bfloat16 weights in some files, read from the page cache and written to the disk.
 
     Each row is a process of its own, so that its peak memory is its own too.
     """
-    import math
     import tempfile
 
-    sizes = {key: int(size) for key, size in (part.split("=") for part in mesh.split(","))}
-    # Read by jax in the children, which are spawned; this process never loads it.
-    count = f"--xla_force_host_platform_device_count={math.prod(sizes.values())}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    divide_cpu(mesh.devices)  # in the children, which are spawned; this process never loads jax
     layers = max(round((gigabytes * 1e9 / 2 - 151_936 * 2048) / 50_337_024), 1)
     nbytes = 2 * (151_936 * 2048 + layers * 50_337_024)
     with tempfile.TemporaryDirectory() as folder:
@@ -241,11 +239,11 @@ def bench_convert(gigabytes: float, files: int, mesh: str) -> None:
         raw_read = _row("raw read", nbytes, _raw_read, model)
         _row("fresh memory for float32, touched", nbytes, _touch, 2 * nbytes, base=raw_read)
         load = functools.partial(_row, base=raw_read)
-        load("load as float32, digests checked", nbytes, _load, model, layers, sizes, "float32")
+        load("load as float32, digests checked", nbytes, _load, model, layers, mesh, "float32")
         for file in model.glob("*.safetensors"):
             _forget_digests(file)
         for dtype in ("float32", "bfloat16"):
-            load(f"load as {dtype}", nbytes, _load, model, layers, sizes, dtype)
+            load(f"load as {dtype}", nbytes, _load, model, layers, mesh, dtype)
 
 
 def _row(name: str, nbytes: int, run: Callable, *arguments: Any, base: float | None = None):
@@ -286,17 +284,16 @@ def _save(model: Path, layers: int, file_bytes: int) -> tuple[float, float]:
     return time.perf_counter() - start, 0.0
 
 
-def _load(model: Path, layers: int, sizes: dict[str, int], dtype: str) -> tuple[float, float]:
+def _load(model: Path, layers: int, mesh: MeshSection, dtype: str) -> tuple[float, float]:
     import resource
 
     import jax
 
     from bridge.checkpoints import load_params
-    from jaxrl.config import MeshSection
     from jaxrl.mesh import make_mesh, param_shardings
 
     specs = _convert_specs(layers)
-    shardings = param_shardings(specs, make_mesh(MeshSection(**sizes)))
+    shardings = param_shardings(specs, make_mesh(mesh))
     start = time.perf_counter()
     params = load_params(model, specs, shardings, dtype)
     seconds = time.perf_counter() - start

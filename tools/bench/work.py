@@ -44,6 +44,7 @@ class Work(NamedTuple):
     group: int
     new: int
     ragged: bool
+    mesh: MeshSection
 
     @property
     def model(self) -> DecoderConfig:
@@ -92,8 +93,6 @@ class Work(NamedTuple):
 
 def bench(what: str, work: Work, repeat: int) -> dict[str, Any]:
     """Prints a table, and returns its numbers."""
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        print("the one CPU is divided into simulated devices: only the first is used")
     run, facts = {"train": _train, "sample": _sample, "logprobs": _logprobs, "step": _step}[what](
         work
     )
@@ -110,6 +109,7 @@ def bench(what: str, work: Work, repeat: int) -> dict[str, Any]:
     record = {
         "what": what,
         **work._asdict(),
+        "mesh": work.mesh.model_dump(),
         "seconds": median,
         "seconds_all": seconds,
         "first_s": first,
@@ -166,23 +166,29 @@ def matmul_rate(times: int = 3) -> float:
     return times * 2 * MATMUL**3 / (time.perf_counter() - start)
 
 
+def _policy(work: Work) -> tuple[Policy, Any]:
+    """On its mesh, with random parameters."""
+    mesh, specs = make_mesh(work.mesh), param_specs(work.model)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    shardings = param_shardings(specs, mesh)
+    start = jax.jit(functools.partial(init_params, specs), out_shardings=shardings)
+    policy = Policy(work.model, jnp.float32, "none" if on_cpu else "full", mesh=mesh)
+    return policy, start(jax.random.key(0))
+
+
 class Learner:
-    """What `jaxrl.train` builds on one device, from random weights."""
+    """What `jaxrl.train` builds, from random weights."""
 
     def __init__(self, work: Work) -> None:
-        mesh, self.section = make_mesh(MeshSection()), UpdateSection()
-        specs = param_specs(work.model)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self.policy = Policy(work.model, jnp.float32, "none" if on_cpu else "full", mesh=mesh)
-        start = jax.jit(
-            functools.partial(init_params, specs), out_shardings=param_shardings(specs, mesh)
-        )
+        self.policy, params = _policy(work)
+        mesh, self.section = self.policy.mesh, UpdateSection()
+        assert mesh is not None
         optimizer = make_optimizer(OptimizerSection())
-        self.state = init_state(start(jax.random.key(0)), optimizer, mesh)
+        self.state = init_state(params, optimizer, mesh)
         self._update = make_update(
             self.policy, optimizer, AlgorithmSection(), self.section, 1.0, mesh, self.state
         )
-        self.rows = ""
+        self.rows, self.row_shards = "", work.mesh.row_shards
 
     def update(self, groups: list[Group]) -> None:
         """Rewards are random: what is learned does not matter here."""
@@ -192,7 +198,8 @@ class Learner:
             usable_tokens(groups, rewards_PG.shape[1]),
             AlgorithmSection(),
         )
-        batch = pack(groups, *advantages, self.section, 1, self.policy.config.key_cost)
+        key_cost = self.policy.config.key_cost
+        batch = pack(groups, *advantages, self.section, self.row_shards, key_cost)
         self.rows = "{} x {}".format(*batch.tokens_BT.shape)
         self.state, metrics = self._update(self.state, [batch])
         jax.block_until_ready((self.state, metrics))
@@ -205,8 +212,9 @@ def _train(work: Work) -> Case:
 
 
 def _sample(work: Work) -> Case:
-    engine = InProcessEngine(Policy(work.model, jnp.float32))
-    engine.publish(init_params(param_specs(work.model), jax.random.key(0)), 1)
+    policy, params = _policy(work)
+    engine = InProcessEngine(policy)
+    engine.publish(params, 1)
     return functools.partial(_generate, work, engine), {}
 
 
@@ -216,10 +224,7 @@ def _generate(work: Work, engine: InProcessEngine) -> list[Group]:
 
 
 def _logprobs(work: Work) -> Case:
-    policy, params = (
-        Policy(work.model, jnp.float32),
-        init_params(param_specs(work.model), jax.random.key(0)),
-    )
+    policy, params = _policy(work)
     rows, length = work.prompts * work.group, work.prompt_tokens + work.new
     tokens_BT = np.random.default_rng(0).integers(1, 512, (rows, length)).astype(np.int32)
 

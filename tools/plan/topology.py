@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxrl.config import Config
+from jaxrl.cpu import divide_cpu
 from jaxrl.types import UserError
 
 GIB = 1 << 30
@@ -102,10 +103,7 @@ def _known(kind: str) -> str:
 def set_environment(name: str, c: Config) -> None:
     """What jax and libtpu read when they are loaded; must come first."""
     if name in ("", "cpu"):
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "host_platform_device_count" not in flags:  # of no effect where there are accelerators
-            count = f"--xla_force_host_platform_device_count={mesh_devices(c)}"
-            os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+        divide_cpu(mesh_devices(c))
     if name:
         # A program is compiled and never run: a chip that is here is left to whoever trains on it.
         os.environ["JAX_PLATFORMS"] = "cpu"

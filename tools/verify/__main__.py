@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl.config import MeshSection
+from jaxrl.cpu import divide_cpu
 from jaxrl.types import UserError
+from tools.mesh_option import parse_mesh
 from tools.verify.case import Options, prepare, start
 from tools.verify.checks import run
 from tools.verify.report import Report, clean_stdout
@@ -70,21 +72,10 @@ def parse(arguments: Sequence[str] | None) -> Options:
     return Options(**found)
 
 
-def parse_mesh(text: str) -> MeshSection:
-    given = {axis: size for axis, _, size in (part.partition("=") for part in text.split(","))}
-    known = given.keys() <= MeshSection.model_fields.keys()
-    if not known or not all(n.isdigit() and int(n) for n in given.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=2,tensor=2")
-    return MeshSection(**{axis: int(size) for axis, size in given.items()})
-
-
 def set_environment(options: Options) -> None:
     """What libraries read when they are first imported; what the user has set stays."""
-    flags, platform = os.environ.get("XLA_FLAGS", ""), os.environ.get("JAX_PLATFORMS", "")
-    if "host_platform_device_count" not in flags and platform in ("", "cpu"):
-        count = (options.mesh or MeshSection(data=2, fsdp=2, tensor=2)).devices
-        flag = f"--xla_force_host_platform_device_count={count}"
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+        divide_cpu((options.mesh or MeshSection(data=2, fsdp=2, tensor=2)).devices)
     for name, value in {
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # accelerators would round float32 products
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # an engine may share the device
