@@ -76,19 +76,22 @@ class Shadow:
     def _brought_up(
         self, item: HostTensor | HostChanges
     ) -> tuple[HostTensor, delta.Changes | None]:
-        """The whole tensor, and what changed in it if that can be said."""
-        elements = delta.ELEMENTS[ITEM_BYTES[item.dtype]]
+        """The whole tensor, and what changed in it if that can be said. Of the last version what is
+        held is written to, so that no more than one version and a few buckets are in memory."""
         # Given up here: if this version fails, the next travels whole.
         last = self._last.tensors.pop(item.name, None)
-        if isinstance(item, HostTensor):
-            after = item.data.view(elements)
-            return item, None if last is None else delta.changes(last.view(elements), after)
-        assert last is not None, f"{item.name}: changes to a tensor of which nothing is held"
+        if last is None:
+            assert isinstance(item, HostTensor), f"{item.name}: changed, and nothing of it is held"
+            return item, None
         if not last.flags.writeable:  # memory of the devices' own
             last = last.copy()
-        after = last.view(elements)
-        changed = delta.Changes(after.size, item.indices, item.values, after[item.indices])
-        after[item.indices] = item.values
+        held = last.view(delta.ELEMENTS[ITEM_BYTES[item.dtype]])
+        if isinstance(item, HostTensor):
+            changed = delta.changes(held, item.data.view(held.dtype))
+            np.copyto(last, item.data)
+        else:
+            changed = delta.Changes(held.size, item.indices, item.values, held[item.indices])
+            held[item.indices] = item.values
         return HostTensor(item.name, item.dtype, item.shape, last), changed
 
 

@@ -187,6 +187,27 @@ def test_on_cpu_auto_compares_on_the_host(tmp_path):
         assert trainer.carrier.device_bytes == trainer.export.nbytes
 
 
+def test_differences_are_taken_in_the_memory_of_the_version_before():
+    shadow, one, two = Shadow(), Base(1, "1"), Base(2, "2")
+    before = np.arange(4096, dtype=np.uint8)
+    now, devices = before.copy(), before.copy()
+    devices.flags.writeable = False
+    now[4:6] = 77
+    held = before
+    for version, base, data in [(one, None, before), (two, one, now), (None, two, devices)]:
+        shadow.begin(base, keep=True)
+        (tensor,), payloads = shadow.encoded([HostTensor("w", "bfloat16", (2048,), data)])
+        assert tensor.data.tobytes() == data.tobytes()
+        assert np.shares_memory(tensor.data, held) and bool(payloads) == (base is not None)
+        shadow.settle(version)
+    shadow.begin(one, keep=True)
+    shadow.encoded([HostTensor("w", "bfloat16", (2048,), devices)])
+    shadow.settle(one)
+    shadow.begin(one, keep=True)  # what the devices gave cannot be written to
+    (tensor,), _ = shadow.encoded([HostTensor("w", "bfloat16", (2048,), now)])
+    assert tensor.data.tobytes() == now.tobytes() != devices.tobytes()
+
+
 def test_what_is_kept_serves_the_version_after_it_alone_and_is_not_kept_for_another():
     class Bits:
         """Stands for what the devices hold."""
