@@ -54,6 +54,12 @@ def main() -> int:
         help="of bfloat16 weights; convert: 4, publish and load: 1, delta: 0.5",
     )
     add("--workers", type=_count, default=1, help="publish: that stage each version")
+    add(
+        "--held",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="publish: dtype of the parameters",
+    )
     add("--files", type=_count, default=4, help="convert: that hold the weights")
     add(
         "--mesh",
@@ -74,7 +80,7 @@ def main() -> int:
         if options.what == "publish":
             from tools.bench.publish import bench_publish
 
-            bench_publish(options.gigabytes or 1, options.workers, options.repeat)
+            bench_publish(options.gigabytes or 1, options.workers, options.held, options.repeat)
             return 0
         if options.what == "load":
             from tools.bench.load import bench_load
