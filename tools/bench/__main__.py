@@ -60,6 +60,14 @@ def main() -> int:
         default="float32",
         help="publish: dtype of the parameters",
     )
+    add("--bucket-mib", type=_count, default=64, help="publish: of a buffer on the wire")
+    add(
+        "--channels",
+        nargs="+",
+        choices=["object_store", "shuttle"],
+        default=["object_store", "shuttle"],
+        help="publish: through these",
+    )
     add("--files", type=_count, default=4, help="convert: that hold the weights")
     add(
         "--mesh",
@@ -80,7 +88,14 @@ def main() -> int:
         if options.what == "publish":
             from tools.bench.publish import bench_publish
 
-            bench_publish(options.gigabytes or 1, options.workers, options.held, options.repeat)
+            bench_publish(
+                options.gigabytes or 1,
+                options.workers,
+                options.held,
+                options.bucket_mib << 20,
+                options.channels,
+                options.repeat,
+            )
             return 0
         if options.what == "load":
             from tools.bench.load import bench_load

@@ -35,7 +35,7 @@ from jaxrl.types import RunError
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
 _COPIED_BLOCK = 1 << 30  # bytes
-_ALONE_BUCKETS = 20
+_ALONE_BYTES = 20 << 26
 _WARM_UP = 4  # versions, until every place that the channel keeps one in was written to
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
 _QWEN3 = {
@@ -101,14 +101,21 @@ def _size(spec: Any) -> int:
     return int(np.prod(spec.shape))
 
 
-def bench_publish(gigabytes: float, workers: int, held: str, repeat: int = 5) -> None:
-    """Prints seconds and GB/s by phase, for both channels, beside a plain copy of the bytes.
+def bench_publish(
+    gigabytes: float,
+    workers: int,
+    held: str,
+    bucket_bytes: int,
+    channels: Sequence[str],
+    repeat: int = 5,
+) -> None:
+    """Prints seconds and GB/s by phase, for each channel, beside a plain copy of the bytes.
 
     `held`: the dtype of the parameters.
     """
     with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
         specs = param_specs(make_model(Path(folder), gigabytes))
-    params, exporter = Trained(specs, held), Exporter(specs, DTYPE)
+    params, exporter = Trained(specs, held), Exporter(specs, DTYPE, bucket_bytes)
     nbytes = exporter.nbytes
     print(
         f"{nbytes / 1e9:.2f} GB of {DTYPE} from {held} in {len(exporter.plan)} buckets, "
@@ -121,7 +128,7 @@ def bench_publish(gigabytes: float, workers: int, held: str, repeat: int = 5) ->
     copies, exports = zip(*pairs[1:], strict=True)
     line("export alone", exports, nbytes, copies)
     with _cluster(nbytes, workers) as actors:
-        for name in ("object_store", "shuttle"):
+        for name in channels:
             with _channel(name) as channel:
                 _publishes(name, exporter, params, channel, actors, repeat, copy)
 
@@ -211,7 +218,8 @@ def _channel_alone(
     """
     import ray
 
-    some = itertools.islice(exporter.groups(state), _ALONE_BUCKETS)
+    buckets = max(1, _ALONE_BYTES // max(group.nbytes for group in exporter.plan))
+    some = itertools.islice(exporter.groups(state), buckets)
     parts = [entries(i, group) for i, group in enumerate(some)]
     found = [entry for bucket, _ in parts for entry in bucket]
     nbytes = sum(entry.nbytes for entry in found)
