@@ -458,10 +458,17 @@ def _come(c: RunConfig, index: int, count: int, host: str, port: int) -> Lines:
                 ) from None
             time.sleep(_RETRY_S)
     line = Line(connection, c.hosts.silence_s)
-    line.deadline(2 * c.hosts.timeout_s)  # that of the first process passes before
+    patience_s = 2 * c.hosts.timeout_s  # that of the first process passes before
+    line.deadline(patience_s)
     try:
         line.send("hello", [index, count, platform.node(), _knobs(c)])
         answer = line.receive()
+    except TimeoutError:
+        raise HostsError(
+            f"hosts: {first} took the connection and said nothing for {patience_s:g} s (twice "
+            "hosts.timeout_s): it hangs, or something else listens there; look at the process with "
+            "hosts.process_id = 0, or name another port in hosts.coordinator"
+        ) from None
     except OSError as error:
         raise HostsError(f"hosts: {first} turned this process away: {error}") from None
     if answer.name != "welcome":

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl.hosts import Line
+from jaxrl.hosts import HostsError, Line, join
+from jaxrl.settings import load
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -239,16 +240,46 @@ def test_what_the_processes_cannot_do_together_each_of_them_says(case, tmp_path)
             assert shown.count("error: ") == 1, shown
 
 
-def test_a_first_process_that_is_not_there_is_named_with_its_address(tmp_path):
-    port = free_port()
-    arguments = [
-        *(f"--run.dir={tmp_path}", "--run.steps=5", "--hosts.timeout_s=1"),
-        *(f"--hosts.coordinator=127.0.0.1:{port}", "--hosts.processes=2", "--hosts.process_id=1"),
-    ]
-    with started(arguments, 1) as process:
-        (shown,) = ended([process], 2)
-    assert f"process 0 at 127.0.0.1:{port} did not answer within 1 s" in shown
-    assert "hosts.process_id = 0" in shown and "Traceback" not in shown
+def complaint(address: str) -> str:
+    """Of process 1 of 2, whose first process should be at this address."""
+    hosts = {"coordinator": address, "processes": 2, "process_id": 1, "timeout_s": 1}
+    given = [(f"hosts.{key}", str(value)) for key, value in hosts.items()]
+    config = load(ROOT / "configs" / "arithmetic_inprocess.yaml", given)
+    with pytest.raises(HostsError) as error, join(config, report=lambda error: 1):
+        raise AssertionError("they came together")
+    return str(error.value)
+
+
+@pytest.fixture
+def taken() -> Iterator[socket.socket]:
+    """A socket whose port nobody else can have. Until it listens, connections are refused."""
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        yield own
+
+
+def test_a_first_process_that_is_not_there_is_named_with_its_address(taken):
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    said = complaint(address)
+    assert f"process 0 at {address} did not answer within 1 s" in said
+    assert "hosts.process_id = 0" in said
+
+
+def test_a_first_process_that_says_nothing_did_not_turn_anybody_away(taken):
+    taken.listen()  # the kernel accepts, and nobody reads
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    said = complaint(address)
+    assert f"process 0 at {address} took the connection and said nothing for 2 s" in said
+    assert "hosts.coordinator" in said and "turned" not in said
+
+
+def test_a_first_process_that_hangs_up_turned_this_one_away(taken):
+    taken.listen()
+    hang_up = threading.Thread(target=lambda: taken.accept()[0].close())
+    hang_up.start()
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    assert f"process 0 at {address} turned this process away" in complaint(address)
+    hang_up.join()
 
 
 @contextlib.contextmanager
