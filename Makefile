@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python -m jaxrl.train --config configs/arithmetic.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
