@@ -1,5 +1,6 @@
 """Whole runs, started as a user starts them, with the in-process engine."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from jaxrl.ledger import replay
+from jaxrl.train import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "arithmetic_inprocess.yaml"
@@ -65,6 +67,13 @@ def train(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command says that is a mistake. In this process: it starts nothing."""
+    with contextlib.chdir(ROOT):
+        assert main([*arguments]) == 2
+    return capsys.readouterr().err
 
 
 def small(folder: Path, *arguments: str) -> list[str]:
@@ -237,10 +246,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         np.testing.assert_array_equal(array, arrays(run, 6)[path], err_msg=path)
 
 
-def test_a_finished_run_says_so_instead_of_training_nothing(finished, choosy, tmp_path):
+def test_a_finished_run_says_so_instead_of_training_nothing(finished, choosy, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    done = train(*small(tmp_path, *choosy), "--resume", code=2)
-    assert "the run is complete" in done.stderr and "--run.steps" in done.stderr
+    said = refused(capsys, *small(tmp_path, *choosy), "--resume")
+    assert "the run is complete" in said and "--run.steps" in said
 
 
 def test_a_second_run_into_the_same_directory_is_refused(finished):
@@ -264,29 +273,15 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(tmp_path):
     assert "--resume" in shown
 
 
-INFINITE = """
-import sys
-import numpy as np
-import jaxrl.advantages
-jaxrl.advantages.estimate_advantages = lambda rewards_PG, *_, **__: (
-    np.full(np.shape(rewards_PG), np.inf), np.ones(np.shape(rewards_PG))
-)
-from jaxrl.train import main
-sys.exit(main(sys.argv[1:]))
-"""
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeypatch, capsys):
+    def infinite(rewards_PG, *_, **__):
+        return np.full(np.shape(rewards_PG), np.inf), np.ones(np.shape(rewards_PG))
 
-
-def test_updates_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", INFINITE, *small(tmp_path, "--run.steps=9")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "not finite in 3 updates in a row" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr("jaxrl.advantages.estimate_advantages", infinite)
+    with contextlib.chdir(ROOT):
+        assert main(small(tmp_path, "--run.steps=9")) == 1
+    said = capsys.readouterr().err
+    assert "not finite in 3 updates in a row" in said and "Traceback" not in said
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [line["update/skipped"] for line in lines[1:]] == [1.0, 1.0]
@@ -380,11 +375,10 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_message(case, tmp_path):
+def test_bad_input_is_one_clear_message(case, tmp_path, capsys):
     extra, expected = BAD_INPUT[case](tmp_path)
-    done = train(*small(tmp_path / "runs", "--run.steps=10"), *extra, code=2)
-    assert expected in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    said = refused(capsys, *small(tmp_path / "runs", "--run.steps=10"), *extra)
+    assert said.startswith("error: ") and expected in said, said
     assert not list(tmp_path.glob("runs/run/metrics.jsonl"))
 
 
