@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - NumPy learns of bfloat16, which safetensors names
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrl import sft, train
 from jaxrl.hosts import HostsError, Line, join
 from jaxrl.settings import load
 
@@ -31,6 +34,7 @@ SMALL = [
     # Each minibatch is split over them; the reference is of step 2 where a run is resumed from 3.
     *("--algorithm.minibatches=2", "--algorithm.reference_every=2"),
 ]
+STEPS = 4
 TRAIN = ("jaxrl.train", *SMALL)
 FINE_TUNE = (
     *("jaxrl.sft", "--config", str(ROOT / "configs" / "arithmetic_sft.yaml"), "--run.name=run"),
@@ -42,9 +46,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 
 @contextlib.contextmanager
-def started(
-    arguments: list[str], devices: int, command: tuple[str, ...] = TRAIN
-) -> Iterator[subprocess.Popen]:
+def started(arguments: list[str], command: tuple[str, ...] = TRAIN) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
         [sys.executable, "-m", *command, *arguments],
         stdout=subprocess.PIPE,
@@ -54,7 +56,7 @@ def started(
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
         },
@@ -84,7 +86,6 @@ def pair(
                         f"--hosts.process_id={i}",
                         *(each or {}).get(i, []),
                     ],
-                    devices=4,
                     command=command,
                 )
             )
@@ -110,9 +111,10 @@ def together(*arguments: str) -> None:
         ended(processes, 0, 0)
 
 
-def alone(*arguments: str, devices: int) -> None:
-    with started([*arguments], devices) as process:
-        ended([process], 0)
+def alone(*arguments: str, program=train, common: tuple[str, ...] = TRAIN[1:]) -> None:
+    """In this process, which has eight devices too."""
+    with contextlib.chdir(ROOT):
+        assert program.main([*common, *arguments]) == 0
 
 
 def lines(run: Path) -> list[dict]:
@@ -141,14 +143,14 @@ def assert_same_policy(left: Path, right: Path) -> None:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    alone(*SPLIT, f"--run.dir={folder}", "--run.steps=5", devices=8)
+    alone(*SPLIT, f"--run.dir={folder}", f"--run.steps={STEPS}")
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    together(f"--run.dir={folder}", "--run.steps=5")
+    together(f"--run.dir={folder}", f"--run.steps={STEPS}")
     return folder / "run"
 
 
@@ -156,8 +158,7 @@ def test_two_processes_fine_tune_as_one_does(tmp_path):
     arguments = [*SPLIT, f"--run.dir={tmp_path}", "--run.steps=2"]
     with pair(*arguments, command=FINE_TUNE) as processes:
         ended(processes, 0, 0)
-    with started([*arguments, "--run.name=one"], 8, FINE_TUNE) as process:
-        ended([process], 0)
+    alone(*arguments, "--run.name=one", program=sft, common=FINE_TUNE[1:])
     for ours, theirs in zip(lines(tmp_path / "run"), lines(tmp_path / "one"), strict=True):
         assert ours.keys() == theirs.keys() and ours.get("loss") != 0.0
         for key in ("loss", "grad_norm", "eval/nll"):
@@ -177,18 +178,18 @@ def test_two_processes_train_what_one_trains(one, two):
 
 def test_a_checkpoint_of_two_processes_is_sealed_and_goes_on_in_one(one, two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / "step_00000005"
+    newest = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
     listed = json.loads((newest / "MANIFEST.json").read_text())["files"]
     assert any("process_1" in name for name in listed)  # its shards are in the seal
     shutil.rmtree(newest)
-    alone(f"--run.dir={tmp_path}", "--run.steps=5", "--mesh.fsdp=1", "--resume", devices=1)
+    alone(f"--run.dir={tmp_path}", f"--run.steps={STEPS}", "--mesh.fsdp=1", "--resume")
     assert_same_policy(one, tmp_path / "run")
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(one, tmp_path):
     shutil.copytree(one, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000005")
-    together(f"--run.dir={tmp_path}", "--run.steps=5", "--resume")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")
+    together(f"--run.dir={tmp_path}", f"--run.steps={STEPS}", "--resume")
     assert_same_policy(one, tmp_path / "run")
 
 
@@ -216,23 +217,15 @@ def test_when_a_process_is_killed_the_others_end_and_say_so(victim, tmp_path):
 
 
 BAD_INPUT = {
-    "mesh too large": (["--mesh.fsdp=16"], {}, "= 16 devices, and jax sees 8"),
-    "mesh too small": (["--mesh.fsdp=4"], {}, "must use all of them"),
-    "other configuration": ([], {1: ["--run.seed=3"]}, "run.seed = 3, at the first 0"),
-    "other count": ([], {1: ["--hosts.processes=3"]}, "hosts.processes = 3, the first with 2"),
-    "one is missing": (
-        ["--hosts.processes=3", "--hosts.timeout_s=6"],
-        {},
-        "process 2",
-    ),
+    "mesh too small": ({}, ["--mesh.fsdp=4"], "must use all of them"),
+    "other configuration": ({1: ["--run.seed=3"]}, [], "run.seed = 3, at the first 0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_what_the_processes_cannot_do_together_each_of_them_says(case, tmp_path):
-    common, each, expected = BAD_INPUT[case]
-    own = {i: [*common, *each.get(i, [])] for i in range(2)}
-    with pair(f"--run.dir={tmp_path}", "--run.steps=5", each=own) as processes:
+    each, common, expected = BAD_INPUT[case]
+    with pair(f"--run.dir={tmp_path}", "--run.steps=5", *common, each=each) as processes:
         for process in processes:
             shown = process.communicate(timeout=100)[1]
             assert process.returncode in (1, 2)
@@ -240,14 +233,33 @@ def test_what_the_processes_cannot_do_together_each_of_them_says(case, tmp_path)
             assert shown.count("error: ") == 1, shown
 
 
-def complaint(address: str) -> str:
-    """Of process 1 of 2, whose first process should be at this address."""
-    hosts = {"coordinator": address, "processes": 2, "process_id": 1, "timeout_s": 1}
+def complaint(address: str, **others: float) -> str:
+    """Of a process, of two the second, that cannot come together with the others at `address`."""
+    hosts = {"coordinator": address, "processes": 2, "process_id": 1, "timeout_s": 1} | others
     given = [(f"hosts.{key}", str(value)) for key, value in hosts.items()]
     config = load(ROOT / "configs" / "arithmetic_inprocess.yaml", given)
     with pytest.raises(HostsError) as error, join(config, report=lambda error: 1):
         raise AssertionError("they came together")
     return str(error.value)
+
+
+APART = {
+    "other count": ([2, 3], 30, r"hosts\.processes = 3, the first with 2"),
+    "one is missing": ([3, 3], 4, r"1 of 3 processes did not come .*: process 2;"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_when_they_do_not_come_together_each_of_them_says_why(case):
+    counts, timeout_s, expected = APART[case]
+    address = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor() as threads:
+        said = [
+            threads.submit(complaint, address, process_id=i, processes=count, timeout_s=timeout_s)
+            for i, count in enumerate(counts)
+        ]
+    for one in said:
+        assert re.search(expected, one.result())
 
 
 @pytest.fixture
