@@ -144,17 +144,24 @@ def test_values_and_gradients_are_those_of_the_definition(backend, name, branche
         )
 
 
+def splash(mesh):
+    c = model("sinks")
+    attend = make_attend(c, packed(True), "splash", mesh, True)
+    return value_and_gradients(lambda *given: attend(*given, None), arrays(c))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return splash(None)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"fsdp": 2}, {"data": 2, "tensor": 2}, {"tensor": 4}, {"fsdp": 2, "tensor": 4}],
     ids=str,
 )  # 4 shards of 2 key/value heads: each device has the one that its queries look at
-def test_splash_on_a_mesh_is_splash_on_one_device(sizes):
-    c, mesh = model("sinks"), make_mesh(MeshSection(**sizes))
-    given = arrays(c)
-    alone, split = (make_attend(c, packed(True), "splash", m, True) for m in (None, mesh))
-    found = value_and_gradients(lambda *given: split(*given, None), given)
-    assert_near(found, value_and_gradients(lambda *given: alone(*given, None), given), 1e-5)
+def test_splash_on_a_mesh_is_splash_on_one_device(sizes, on_one_device):
+    assert_near(splash(make_mesh(MeshSection(**sizes))), on_one_device, 1e-5)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_left_to_xla():

@@ -35,9 +35,8 @@ CONFIG = DecoderConfig(
     eos_token_ids=(7,),
     qk_norm="head",
 )
-EXPERTS = {
+EXPERTS = {  # Mixtral's are Qwen3's under other names
     "qwen3": MoeConfig(8, 3, 24, True, "qwen3"),
-    "mixtral": MoeConfig(4, 2, 24, True, "mixtral"),
     # 25 is odd: `tensor` splits the 50 columns of gate and up, and not the 25 rows of down.
     "gpt_oss": MoeConfig(4, 2, 25, True, "gpt_oss"),
     "gpt_oss_even": MoeConfig(4, 2, 24, True, "gpt_oss"),
@@ -89,9 +88,11 @@ def check_on_meshes(policy, params, specs, meshes, tokens_BT=TOKENS_BT):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("layout", EXPERTS)
-def test_logits_and_gradients_are_those_of_one_device(layout):
-    check_on_meshes(*make_policy(layout), MESHES)
+@pytest.mark.parametrize(
+    ("layout", "meshes"), [("qwen3", MESHES), ("gpt_oss", MESHES), ("gpt_oss_even", MESHES[1:])]
+)
+def test_logits_and_gradients_are_those_of_one_device(layout, meshes):
+    check_on_meshes(*make_policy(layout), meshes)
 
 
 def test_without_the_axis_each_device_runs_its_own_rows():

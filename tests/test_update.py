@@ -617,8 +617,10 @@ def moments(state):
     return [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
 
 
-def test_moments_in_host_memory_change_nothing_and_stay_there(config, params, batches, tmp_path):
-    here = Learner(config, params, "mesh")
+def test_moments_in_host_memory_change_nothing_and_stay_there(
+    config, params, batches, learners, tmp_path
+):
+    here = learners["mesh"]
     hosted = Learner(config, params, "mesh", offload="host")
     near, far = here.start(params), hosted.start(params)
     for batch in batches[::2]:
@@ -669,14 +671,11 @@ def test_slices_are_whole_tiles_of_an_axis_that_no_device_splits(shape, local, e
     assert slicing(shape, local) == expected
 
 
-def test_a_first_moment_in_bfloat16_halves_it_and_little_else(config, params, batches):
-    exact, rounded = (
-        Learner(config, params, "one_device", first_moment_dtype=dtype)
-        for dtype in ("float32", "bfloat16")
-    )
-    one, other = exact.start(params), rounded.start(params)
+def test_a_first_moment_in_bfloat16_halves_it_and_little_else(config, params, batches, single):
+    rounded = Learner(config, params, "one_device", first_moment_dtype="bfloat16")
+    one, other = single.start(params), rounded.start(params)
     for batch in batches:
-        one, _ = exact.update(one, [batch])
+        one, _ = single.update(one, [batch])
         other, _ = rounded.update(other, [batch])
     adam = other.opt_state[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
