@@ -233,14 +233,25 @@ def test_what_the_processes_cannot_do_together_each_of_them_says(case, tmp_path)
             assert shown.count("error: ") == 1, shown
 
 
-def complaint(address: str, **others: float) -> str:
-    """Of a process, of two the second, that cannot come together with the others at `address`."""
-    hosts = {"coordinator": address, "processes": 2, "process_id": 1, "timeout_s": 1} | others
-    given = [(f"hosts.{key}", str(value)) for key, value in hosts.items()]
-    config = load(ROOT / "configs" / "arithmetic_inprocess.yaml", given)
-    with pytest.raises(HostsError) as error, join(config, report=lambda error: 1):
+@pytest.fixture
+def complaint(monkeypatch):
+    """complaint(address): of the second process of two, if it is not said otherwise, that cannot
+    come together with the others there."""
+
+    def came_together(*_, **__):
         raise AssertionError("they came together")
-    return str(error.value)
+
+    monkeypatch.setattr("jax.distributed.initialize", came_together)  # it would end this process
+
+    def complaint(address: str, **others: float) -> str:
+        hosts = {"coordinator": address, "processes": 2, "process_id": 1, "timeout_s": 1} | others
+        given = [(f"hosts.{key}", str(value)) for key, value in hosts.items()]
+        config = load(ROOT / "configs" / "arithmetic_inprocess.yaml", given)
+        with pytest.raises(HostsError) as error, join(config, report=lambda error: 1):
+            pass
+        return str(error.value)
+
+    return complaint
 
 
 APART = {
@@ -250,7 +261,7 @@ APART = {
 
 
 @pytest.mark.parametrize("case", APART)
-def test_when_they_do_not_come_together_each_of_them_says_why(case):
+def test_when_they_do_not_come_together_each_of_them_says_why(case, complaint):
     counts, timeout_s, expected = APART[case]
     address = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor() as threads:
@@ -270,14 +281,14 @@ def taken() -> Iterator[socket.socket]:
         yield own
 
 
-def test_a_first_process_that_is_not_there_is_named_with_its_address(taken):
+def test_a_first_process_that_is_not_there_is_named_with_its_address(taken, complaint):
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     said = complaint(address)
     assert f"process 0 at {address} did not answer within 1 s" in said
     assert "hosts.process_id = 0" in said
 
 
-def test_a_first_process_that_says_nothing_did_not_turn_anybody_away(taken):
+def test_a_first_process_that_says_nothing_did_not_turn_anybody_away(taken, complaint):
     taken.listen()  # the kernel accepts, and nobody reads
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     said = complaint(address)
@@ -285,7 +296,7 @@ def test_a_first_process_that_says_nothing_did_not_turn_anybody_away(taken):
     assert "hosts.coordinator" in said and "turned" not in said
 
 
-def test_a_first_process_that_hangs_up_turned_this_one_away(taken):
+def test_a_first_process_that_hangs_up_turned_this_one_away(taken, complaint):
     taken.listen()
     hang_up = threading.Thread(target=lambda: taken.accept()[0].close())
     hang_up.start()
