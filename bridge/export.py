@@ -30,7 +30,8 @@ Stacks = dict[str, jax.Array]  # of a group: by name, stacked by layer (and expe
 
 _T = TypeVar("_T")
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 256 << 20
+_EACH = 4  # groups of a process, at least, so that all ship about as much
 _AHEAD = 1  # groups that the devices work on while the host takes another
 
 
@@ -91,8 +92,10 @@ class Exporter:
         dtype: str,
         bucket_bytes: int = BUCKET_BYTES,
         compare_on: Compare = "auto",
+        processes: int = 1,
     ) -> None:
-        """A group has at most `bucket_bytes`, or one tensor at one layer if that has more.
+        """A group has at most `bucket_bytes`, of several processes at most a part of each one's
+        share, or one tensor at one layer if that has more.
 
         `compare_on` says where versions are compared: by the devices of a mesh, or on the host.
         `auto`: by the devices unless they are CPUs, whose memory is the host's.
@@ -104,6 +107,9 @@ class Exporter:
         for path in sorted(specs, key=lambda path: specs[path].row):
             name = specs[path].hf_name
             self._leaves[name] = (*self._leaves.get(name, ()), path)
+        if processes > 1:
+            total = ITEM_BYTES[dtype] * sum(math.prod(spec.shape) for spec in specs.values())
+            bucket_bytes = min(bucket_bytes, total // (_EACH * processes))
         self.plan = list(self._planned(bucket_bytes))
 
     @property

@@ -619,7 +619,13 @@ class PublishSection(Section):
     anchor_every: int = knob(
         16, "deltas after which a version is whole again", unit="versions", ge=1
     )
-    bucket_mib: int = knob(64, "size of one buffer on the wire", unit="MiB", ge=1)
+    bucket_mib: int = knob(
+        256,
+        "size of one buffer on the wire, at most; a host holds a few; of several hosts each has at "
+        "least four",
+        unit="MiB",
+        ge=1,
+    )
     keep_versions: int = knob(2, "published versions kept alive", unit="versions", ge=1)
     timeout_s: float = knob(
         120.0,

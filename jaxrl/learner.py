@@ -118,8 +118,9 @@ def build_learner(c: Config | SftConfig, model_dir: Path, decoder: DecoderConfig
     update = make_update(
         policy, optimizer, c.algorithm, c.update, c.temperature, mesh, state, frozen, reference
     )
-    export = Exporter(trained, c.wire_dtype, c.publish.bucket_mib << 20, c.publish.compare)
-    export_frozen = Exporter(specs, FROZEN_DTYPE, c.publish.bucket_mib << 20)
+    bucket_bytes, processes = c.publish.bucket_mib << 20, jax.process_count()
+    export = Exporter(trained, c.wire_dtype, bucket_bytes, c.publish.compare, processes)
+    export_frozen = Exporter(specs, FROZEN_DTYPE, bucket_bytes, processes=processes)
 
     def export_merged(params: Params) -> list[HostTensor]:
         if lora is None:

@@ -35,6 +35,7 @@ _ATTEMPT_S = 1.0  # of the time that is left, at least, for one
 _PAUSE_S = 0.2  # before the next
 # What may be otherwise the next time: the network, or where Ray looks for an object.
 _TRANSIENT = (GetTimeoutError, ObjectLostError, ActorUnavailableError, ConnectionError)
+_FILLED = 0.8  # of a store, before Ray spills: its object_spilling_threshold
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
 
 
@@ -292,16 +293,18 @@ def _check_capacity(version: int, nbytes: int, keep: int, pinned: int) -> None:
     `pinned` bytes of others.
 
     One more than are kept, because the oldest goes when the newest is there. Ray itself would not
-    refuse: it would spill to disk, and every engine would read from there.
+    refuse: it would spill to disk, and every engine would read from there. It does so before the
+    store is full.
     """
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     have = int(node["Resources"].get("object_store_memory", 0))
     need = (keep + 1) * nbytes + pinned
-    if need > have:
+    if need > _FILLED * have:
         raise ChannelError(
             f"weight version {version}: {keep} versions to keep and one on its way, of {nbytes} "
             f"bytes each, and {pinned} bytes of versions that are pinned, need {need} bytes, and "
-            f"the object store of this node has {have}; give Ray a larger one "
+            f"the object store of this node has {have}, of which Ray fills {_FILLED:.0%} before it "
+            "spills to disk; give Ray a larger one "
             "(object_store_memory), keep fewer versions, or use the shuttle channel"
         )

@@ -60,7 +60,7 @@ def main() -> int:
         default="float32",
         help="publish: dtype of the parameters",
     )
-    add("--bucket-mib", type=_count, default=64, help="publish: of a buffer on the wire")
+    add("--bucket-mib", type=_count, default=256, help="publish: of a buffer on the wire")
     add(
         "--channels",
         nargs="+",

@@ -305,7 +305,7 @@ def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
     ray.init(
         address="local",
         num_cpus=workers + 1,
-        object_store_memory=2 * nbytes + (1 << 28),
+        object_store_memory=3 * nbytes + (1 << 28),  # more than 80 % in use, and Ray spills
         _memory=1 << 30,  # or Ray refuses a store this large beside the parameters
         include_dashboard=False,
         log_to_driver=False,
