@@ -198,7 +198,11 @@ def test_the_object_store_refuses_what_it_cannot_hold(ray_cluster):
     manifest, _ = pack(1, version=1)
     need = 10**15
     huge = wire.Manifest(1, manifest.tensors, (need,), manifest.digest)
+    store = int(ray_cluster.cluster_resources()["object_store_memory"])
+    fills = wire.Manifest(1, manifest.tensors, (int(store * 0.81 / 3),), manifest.digest)
     channel = ObjectStoreChannel(keep_versions=2)
+    with pytest.raises(ChannelError, match="80% before it spills"):
+        channel.publish(fills, [])
     with pytest.raises(ChannelError, match=rf"{3 * need} bytes.*object_store_memory"):
         channel.publish(huge, [])
     channel.pin(1)
