@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -305,6 +306,7 @@ def _check_capacity(version: int, nbytes: int, keep: int, pinned: int) -> None:
             f"weight version {version}: {keep} versions to keep and one on its way, of {nbytes} "
             f"bytes each, and {pinned} bytes of versions that are pinned, need {need} bytes, and "
             f"the object store of this node has {have}, of which Ray fills {_FILLED:.0%} before it "
-            "spills to disk; give Ray a larger one "
-            "(object_store_memory), keep fewer versions, or use the shuttle channel"
+            f"spills to disk; give it {math.ceil(need / _FILLED / 2**20)} MiB "
+            "(vllm.object_store_mib where the trainer starts Ray, else its object_store_memory), "
+            "keep fewer versions, or use the shuttle channel"
         )
