@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from jaxrl.config import MeshSection
 from jaxrl.models.config import load_config
 from jaxrl.types import Group, Prompt, Rollout
+from tools.mesh_option import parse_mesh
 from tools.verify import case as cases
 from tools.verify import checks
-from tools.verify.__main__ import main, parse, parse_mesh, set_environment
+from tools.verify.__main__ import main, parse, set_environment
 from tools.verify.case import Case, Options
 from tools.verify.compare import first_difference
 from tools.verify.engine import Published

@@ -12,7 +12,6 @@ from jaxrl.logprobs import Scores
 from jaxrl.objectives.choices import LOSSES
 from jaxrl.objectives.objective import Objective, make_objective
 from jaxrl.objectives.tokens import NO_ANCHORS, Anchors
-from jaxrl.packing import pack
 from jaxrl.types import TrainBatch
 from jaxrl.update import make_optimizer, make_step
 from tools.bench.timing import in_turn
@@ -77,8 +76,7 @@ def bench_loss(work: Work, repeat: int) -> dict[str, Any]:
     }
     record = {
         "what": "loss",
-        **work._asdict(),
-        "mesh": work.mesh.model_dump(),
+        **work.record(),
         "sampled_tokens": "{} x {}".format(*batch.targets_BC.shape),
         "plain_update_s": updates[PLAIN],
         "losses": rows,
@@ -94,15 +92,7 @@ def bench_loss(work: Work, repeat: int) -> dict[str, Any]:
 def _batch(work: Work, learner: Learner) -> TrainBatch:
     shape = work.lengths().shape
     advantages_PG = np.random.default_rng(3).normal(size=shape).astype(np.float32)
-    key_cost = learner.policy.config.key_cost
-    return pack(
-        work.groups(),
-        advantages_PG,
-        np.ones(shape),
-        learner.section,
-        work.mesh.row_shards,
-        key_cost,
-    )
+    return learner.pack(work.groups(), advantages_PG, np.ones(shape))
 
 
 def _policies(batch: TrainBatch) -> tuple[Anchors, Scores]:

@@ -22,7 +22,7 @@ from jaxrl.models.decoder import Policy, init_params
 from jaxrl.models.params import param_specs
 from jaxrl.packing import pack, usable_tokens
 from jaxrl.sampler import InProcessEngine
-from jaxrl.types import Group, Prompt, Rollout, Sampling
+from jaxrl.types import Group, Prompt, Rollout, Sampling, TrainBatch
 from jaxrl.update import init_state, make_optimizer, make_update
 
 # What is timed, and what else to say of it: values, or functions to call at the end.
@@ -45,6 +45,10 @@ class Work(NamedTuple):
     new: int
     ragged: bool
     mesh: MeshSection
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"mesh": self.mesh.model_dump()}
 
     @property
     def model(self) -> DecoderConfig:
@@ -108,8 +112,7 @@ def bench(what: str, work: Work, repeat: int) -> dict[str, Any]:
     median, rate = statistics.median(seconds), statistics.median(rates)
     record = {
         "what": what,
-        **work._asdict(),
-        "mesh": work.mesh.model_dump(),
+        **work.record(),
         "seconds": median,
         "seconds_all": seconds,
         "first_s": first,
@@ -188,7 +191,14 @@ class Learner:
         self._update = make_update(
             self.policy, optimizer, AlgorithmSection(), self.section, 1.0, mesh, self.state
         )
-        self.rows, self.row_shards = "", work.mesh.row_shards
+        self.rows, self._row_shards = "", work.mesh.row_shards
+
+    def pack(
+        self, groups: list[Group], advantages_PG: np.ndarray, weights_PG: np.ndarray
+    ) -> TrainBatch:
+        """See `packing.pack`; for this mesh."""
+        key_cost = self.policy.config.key_cost
+        return pack(groups, advantages_PG, weights_PG, self.section, self._row_shards, key_cost)
 
     def update(self, groups: list[Group]) -> None:
         """Rewards are random: what is learned does not matter here."""
@@ -198,8 +208,7 @@ class Learner:
             usable_tokens(groups, rewards_PG.shape[1]),
             AlgorithmSection(),
         )
-        key_cost = self.policy.config.key_cost
-        batch = pack(groups, *advantages, self.section, self.row_shards, key_cost)
+        batch = self.pack(groups, *advantages)
         self.rows = "{} x {}".format(*batch.tokens_BT.shape)
         self.state, metrics = self._update(self.state, [batch])
         jax.block_until_ready((self.state, metrics))
