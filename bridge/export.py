@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from bridge import compare
 from bridge.names import hf_axes, hf_name, hf_tensors, to_hf
-from bridge.wire import ITEM_BYTES, HostChanges, HostTensor, Outgoing
+from bridge.wire import ITEM_BYTES, NOTHING, HostChanges, HostTensor, Outgoing
 from jaxrl.mesh import partition, replicated
 from jaxrl.models.params import ParamSpec, Path, leaf_at
 
@@ -32,7 +32,9 @@ _T = TypeVar("_T")
 
 BUCKET_BYTES = 256 << 20
 _EACH = 4  # groups of a process, at least, so that all ship about as much
-_AHEAD = 1  # groups that the devices work on while the host takes another
+_AHEAD = 1  # groups that devices with memory of their own work on while the host takes another
+_SPENT = 4  # groups whose memory is kept: three are on their way at a time, and one is of odd shape
+_WORTH_BYTES = 32 << 20  # of a group; memory for less is not fresh, but the allocator's
 
 
 class Group(NamedTuple):
@@ -80,6 +82,27 @@ class _Changed(NamedTuple):
     values: jax.Array
 
 
+class _Spent:
+    """Memory of groups that came to the host, to make others in: on a CPU, whose arrays the host
+    reads where they are, to write to fresh memory takes longer than the cast.
+
+    The runtime makes no use of what the host has a view of still.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Hashable, Stacks]] = []
+
+    def take(self, group: Group) -> Stacks:
+        """The oldest of the same shapes; empty if there is none."""
+        alike = (stacks for kind, stacks in self._kept if kind == _kind(group))
+        return next(alike, {})
+
+    def keep(self, group: Group, stacks: Stacks) -> None:
+        """Once the host's views are made."""
+        left = [one for one in self._kept if not any(a.is_deleted() for a in one[1].values())]
+        self._kept = [*left, (_kind(group), stacks)][-_SPENT:]
+
+
 class Exporter:
     """Makes the Hugging Face tensors of the leaves in `specs`, in `dtype`.
 
@@ -102,6 +125,7 @@ class Exporter:
         """
         self._specs, self._dtype, self._compare_on = specs, dtype, compare_on
         self.device_bytes = 0  # that the last export brought to this host
+        self._spent = _Spent()
         self._order = list(hf_tensors(specs))
         self._leaves: dict[str, tuple[Path, ...]] = {}  # of each name, in the order of their rows
         for path in sorted(specs, key=lambda path: specs[path].row):
@@ -110,7 +134,8 @@ class Exporter:
         if processes > 1:
             total = ITEM_BYTES[dtype] * sum(math.prod(spec.shape) for spec in specs.values())
             bucket_bytes = min(bucket_bytes, total // (_EACH * processes))
-        self.plan = list(self._planned(bucket_bytes))
+        # The last is waited for while nothing else is done, so it is a small one.
+        self.plan = sorted(self._planned(bucket_bytes), key=lambda group: -group.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -142,8 +167,10 @@ class Exporter:
         """
         self.device_bytes = 0
         made = map(_gathered, self._made(params, gather=True))
-        for group, stacks in self._own(owners, _ahead(made)):
+        for group, stacks in self._own(owners, _ahead(made, self._mesh(params))):
             yield [] if stacks is None else self._whole(group, stacks)
+            if stacks is not None and self._recycles(group, stacks):
+                self._spent.keep(group, stacks)
 
     def groups_since(
         self, kept: Kept, params: Any, owners: Sequence[int] | None = None
@@ -161,8 +188,8 @@ class Exporter:
         self.device_bytes = 0
         made = enumerate(self._made(params, gather=False))
         compared = (self._compared(kept, index, stacks, mesh) for index, stacks in made)
-        found = (self._compacted(one) for one in _ahead(compared))
-        for group, one in self._own(owners, _ahead(found)):
+        found = (self._compacted(one) for one in _ahead(compared, mesh))
+        for group, one in self._own(owners, _ahead(found, mesh)):
             if isinstance(one, _Changed):
                 yield self._changes(group, one, *self._to_host([one.places, one.values]))
             else:
@@ -210,7 +237,7 @@ class Exporter:
             names = [name for name in layers if layers[name] == count]
             for part in _filled(names, sizes, most):
                 nbytes = sum(sizes[name] for name in part)
-                step = max(1, min(count, most // max(nbytes, 1)))
+                step = _step(count, most // max(nbytes, 1))
                 for start in range(0, max(count, 1), step):
                     here = min(step, count - start)
                     yield Group(part, start, max(here, 0), nbytes * max(here, 1))
@@ -231,8 +258,19 @@ class Exporter:
                 yield params.stacks.popleft()
             return
         for group in self.plan:
-            stacks = self.program(group, params, gather)(*self.inputs(group, params))
-            yield _cast(stacks, self._dtype)
+            program = self.program(group, params, gather)
+            stacks = program(*self.inputs(group, params), self._spent.take(group))
+            yield {name: _cast(array, self._dtype) for name, array in stacks.items()}
+
+    def _recycles(self, group: Group, stacks: Stacks) -> bool:
+        """Whether the memory of a group, made without a cast of its own, is the host's too."""
+        return group.nbytes >= _WORTH_BYTES and all(
+            array.is_fully_addressable
+            and array.is_fully_replicated
+            and not self._first(name).inputs_first
+            and next(iter(array.devices())).platform == "cpu"
+            for name, array in stacks.items()
+        )
 
     def _own(
         self, owners: Sequence[int] | None, found: Iterable[_T]
@@ -321,13 +359,15 @@ def _program(
     mesh: Mesh | None,
     gather: bool,
 ) -> Callable[[dict[Path, jax.Array], int], dict[str, jax.Array]]:
-    on_cpu = jax.default_backend() == "cpu" if mesh is None else _on_cpu(mesh)
+    on_cpu = _on_cpu(mesh)
     gathered = gather and mesh is not None and _processes(mesh) > 1
     firsts: dict[str, ParamSpec] = {}
     for _, spec in specs:
         firsts.setdefault(spec.hf_name, spec)
 
-    def run(leaves: dict[Path, jax.Array], start: int) -> dict[str, jax.Array]:
+    def run(
+        leaves: dict[Path, jax.Array], start: int, spent: Mapping[str, jax.Array] = NOTHING
+    ) -> dict[str, jax.Array]:
         rows: dict[str, list[jax.Array]] = {}
         for path, spec in specs:
             leaf = leaves[path]
@@ -351,12 +391,12 @@ def _program(
         }
         return jax.lax.with_sharding_constraint(whole, shardings)
 
-    return jax.jit(run)
+    return jax.jit(run, donate_argnames="spent", keep_unused=True)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(stacked: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
-    return {name: array.astype(dtype) for name, array in stacked.items()}
+def _cast(array: jax.Array, dtype: str) -> jax.Array:
+    """A program would copy what has the dtype already."""
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _gathered(stacks: Stacks) -> Stacks:
@@ -364,12 +404,14 @@ def _gathered(stacks: Stacks) -> Stacks:
     return {name: replicated(array) for name, array in stacks.items()}
 
 
-def _ahead(dispatched: Iterable[_T]) -> Iterator[_T]:
-    """What the devices work on, some of it before its turn."""
+def _ahead(dispatched: Iterable[_T], mesh: Mesh | None) -> Iterator[_T]:
+    """What the devices work on, some of it before its turn; where their memory is the host's, that
+    would be one group more in it."""
+    ahead = 0 if _on_cpu(mesh) else _AHEAD
     running: collections.deque[_T] = collections.deque()
     for one in dispatched:
         running.append(one)
-        if len(running) > _AHEAD:
+        if len(running) > ahead:
             yield running.popleft()
     yield from running
 
@@ -384,8 +426,9 @@ def _processes(mesh: Mesh) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+def _on_cpu(mesh: Mesh | None) -> bool:
+    """None: a single device."""
+    return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu"
 
 
 def _layers(spec: ParamSpec) -> int:
@@ -395,6 +438,18 @@ def _layers(spec: ParamSpec) -> int:
 def _layer_size(spec: ParamSpec) -> int:
     """Elements of one layer, of all its experts."""
     return math.prod(spec.shape[1:] if spec.stack else spec.shape)
+
+
+def _kind(group: Group) -> Hashable:
+    """Equal for groups of the same shapes."""
+    return group.names, group.layers
+
+
+def _step(count: int, most: int) -> int:
+    """Of `count` layers, those that go into a group: as many as may, or some fewer if all groups
+    have the same then, which is one program to compile."""
+    most = max(1, min(count, most))
+    return next((step for step in range(most, most // 2, -1) if count % step == 0), most)
 
 
 def _filled(names: list[str], sizes: dict[str, int], most: int) -> Iterator[tuple[str, ...]]:

@@ -1,10 +1,12 @@
 """The policy is the model that its Hugging Face directory describes, read and written exactly."""
 
+import dataclasses
 import json
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from jaxrl.mesh import batch_sharding, make_mesh, param_shardings
 from jaxrl.models.attention import Masked
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import REMAT, Policy, empty_cache, init_params
-from jaxrl.models.params import param_specs
+from jaxrl.models.params import param_specs, tree_of
 from jaxrl.models.rope import Rope
 from jaxrl.types import UserError
 from tests.reference_policy import logits_of, make_reference, params_of, save_reference
@@ -383,6 +385,28 @@ def test_an_export_survives_the_donation_of_the_parameters(reference):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     for tensor in tensors:
         np.testing.assert_array_equal(tensor.data, before[tensor.name], err_msg=tensor.name)
+
+
+def test_on_a_cpu_groups_are_made_in_the_memory_of_those_that_nobody_reads(directory):
+    """A group in fresh memory takes several times as long. Whatever is read of one stays."""
+    config = dataclasses.replace(load_config(directory), vocab_size=1 << 18)  # 64 wide
+    specs = param_specs(config)
+    exporter = Exporter(specs, "bfloat16")
+    assert exporter.plan[0].nbytes >= 32 << 20
+
+    def embedding(value):
+        params = jax.tree.map(lambda spec: jnp.full(spec.shape, value), tree_of(specs))
+        tensors = {tensor.name: tensor.data for tensor in exporter(params)}
+        return tensors["model.embed_tokens.weight"].view(ml_dtypes.bfloat16)
+
+    first, second = embedding(1.0), embedding(2.0)
+    part, place = first[5000:5002], second.ctypes.data
+    del first, second
+    third = embedding(3.0)
+    assert third.ctypes.data == place  # of the second
+    fourth = embedding(4.0)
+    found = [np.unique(values.astype(np.float32)) for values in (part, third, fourth)]
+    assert found == [1.0, 3.0, 4.0]
 
 
 # --- what is refused ---

@@ -1,5 +1,6 @@
 """What vLLM's scheduler says of its work, as plain numbers."""
 
+import time
 from typing import Any
 
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -17,6 +18,7 @@ class Counters(PrometheusStatLogger):
         self._iterations = self._tokens = self._prompt_tokens = self._prefix_hits = 0
         self._running = self._waiting = 0
         self._kv_use = 0.0
+        self.sampled_at = 0.0  # time.perf_counter() when the last token was there
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx=0
@@ -30,6 +32,8 @@ class Counters(PrometheusStatLogger):
             self._prefix_hits += scheduler_stats.prefix_cache_stats.hits
         if iteration_stats is not None:
             self._tokens += iteration_stats.num_generation_tokens
+            if iteration_stats.num_generation_tokens:
+                self.sampled_at = time.perf_counter()
 
     def log_engine_initialized(self) -> None:
         pass

@@ -300,6 +300,7 @@ class VllmEngine:
             started = time.perf_counter()
             try:
                 await self._llm.pause_generation(mode="keep", clear_cache=True)
+                paused = max(started, self._counters.sampled_at)  # the step under way gave tokens
                 await self._llm.finish_weight_update(weight_version=str(version))
                 if self._settings.lora is not None:  # finishing unloads the adapter
                     await self._llm.collective_rpc(
@@ -315,7 +316,7 @@ class VllmEngine:
                     f"{self._name}: loading version {version} failed half way, and the engine was "
                     f"shut down: {_sentence(error)}"
                 ) from error
-            return loaded | {"pause_s": time.perf_counter() - started}
+            return loaded | {"pause_s": time.perf_counter() - paused}
 
     async def acknowledged(self) -> int | None:
         """The version that the engine serves, or None before the first."""
