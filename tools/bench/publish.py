@@ -22,21 +22,21 @@ import numpy as np
 
 from bridge.channels import Channel
 from bridge.channels.shuttle import ShuttleChannel
-from bridge.encoding import Encoder, Shadow
+from bridge.encoding import Encoder, Encoding, Shadow
 from bridge.export import Exporter
 from bridge.publisher import ship
 from bridge.wire import Base, HostTensor, Manifest, entries, manifest_of
 from jaxrl.models.config import DecoderConfig, load_config
 from jaxrl.models.decoder import init_params
-from jaxrl.models.params import ParamSpec, param_specs
+from jaxrl.models.params import ParamSpec, param_specs, tree_of
 from jaxrl.models.params import Path as ParamPath
 from jaxrl.types import RunError
 
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
-_COPIED_BLOCK = 1 << 30  # bytes
+_COPIED_BLOCK = 1 << 29  # bytes
 _ALONE_BYTES = 20 << 26
-_WARM_UP = 4  # versions, until every place that the channel keeps one in was written to
+_WARM_UP = 6  # versions, until every place that the channel keeps one in was written to
 _DEMO = Path(__file__).parents[2] / "configs" / "tiny_policy"
 _QWEN3 = {
     "hidden_size": 1024,
@@ -127,24 +127,30 @@ def bench_publish(
     ]
     copies, exports = zip(*pairs[1:], strict=True)
     line("export alone", exports, nbytes, copies)
-    with _cluster(nbytes, workers) as actors:
-        for name in channels:
-            with _channel(name) as channel:
-                _publishes(name, exporter, params, channel, actors, repeat, copy)
+    for name in channels:
+        with _cluster(nbytes, workers) as actors, _channel(name) as channel:
+            _channel_alone(name, exporter, params.now, channel, actors[0], repeat)
+        for encoding in ("full", "delta"):
+            with _cluster(nbytes, workers) as actors, _channel(name) as channel:
+                _publishes(name, encoding, exporter, params, channel, actors, repeat, copy)
 
 
 class Trained:
-    """Random parameters, of which each update changes 1 % by as little as bfloat16 can tell."""
+    """Random parameters, of which each update changes 1 % by as little as bfloat16 can tell.
+
+    All is done a leaf at a time, since it takes a few times the leaf's memory.
+    """
 
     def __init__(self, specs: dict[ParamPath, ParamSpec], dtype: str = "float32") -> None:
-        def start(key: jax.Array) -> Any:
-            return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(specs, key))
+        def start(path: ParamPath) -> jax.Array:
+            (leaf,) = jax.tree.leaves(init_params({path: specs[path]}, jax.random.key(0)))
+            return leaf.astype(dtype)
 
-        self.now = jax.jit(start)(jax.random.key(0))
+        started = jax.jit(start, static_argnums=0)
+        self.now = tree_of({path: jax.block_until_ready(started(path)) for path in specs})
         self._updates = 0
 
     def update(self) -> None:
-        """A leaf at a time, since it takes a few times the leaf's memory."""
         self._updates += 1
         leaves, tree = jax.tree.flatten(self.now)
         self.now = None
@@ -166,6 +172,7 @@ def _moved(x: jax.Array, seed: jax.Array) -> jax.Array:
 
 def _publishes(
     name: str,
+    encoding: Encoding,
     exporter: Exporter,
     params: Trained,
     channel: Channel,
@@ -173,40 +180,31 @@ def _publishes(
     repeat: int,
     copy: Callable[[], Any],
 ) -> None:
-    """The channel alone, then full versions, then deltas."""
-    version = _channel_alone(name, exporter, params.now, channel, actors[0], repeat)
-    for label in ("full", "delta"):
-        encoder = Encoder("delta" if label == "delta" else "full", anchor_every=1 << 30)
-        shadow = Shadow()
-        seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
-        shares, copies, before, grown = [], [], _memory(actors), {}
-        held = _private()
-        for _ in range(repeat + _WARM_UP):
-            version += 1
-            params.update()
-            copies.append(timed(copy))  # beside each version: the machine's speed drifts
-            groups = exporter.groups(params.now)
-            with _peak(grown, held):
-                start = time.perf_counter()
-                manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
-                sent = time.perf_counter()
-                _stage(actors, ticket, manifest.digest)
-                end = time.perf_counter()
-            shares.append(manifest.nbytes / exporter.nbytes)
-            took = (sent - start, end - sent, end - start)
-            for phase, taken in zip(seconds, took, strict=True):
-                seconds[phase].append(taken)
-        on_wire = f", {shares[-1]:.2%} of the bytes" * (label == "delta")
-        for phase, taken in seconds.items():
-            line(
-                f"{name}, {label}: {phase}{on_wire}",
-                taken[_WARM_UP:],
-                exporter.nbytes,
-                copies[_WARM_UP:],
-            )
-        grown |= {what: now - before[what] for what, now in _memory(actors).items()}
-        shown = (f"{what} {nbytes / exporter.nbytes:+.2f}" for what, nbytes in grown.items())
-        print(f"{name}, {label}: grown by, in versions: {', '.join(shown)}")
+    encoder, shadow = Encoder(encoding, anchor_every=1 << 30), Shadow()
+    seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
+    shares, copies, before, grown = [], [], _memory(actors), {}
+    held = _private()
+    for version in range(repeat + _WARM_UP):
+        params.update()
+        copies.append(timed(copy))  # beside each version: the machine's speed drifts
+        groups = exporter.groups(params.now)
+        with _peak(grown, held):
+            start = time.perf_counter()
+            manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
+            sent = time.perf_counter()
+            _stage(actors, ticket, manifest.digest)
+            end = time.perf_counter()
+        shares.append(manifest.nbytes / exporter.nbytes)
+        took = (sent - start, end - sent, end - start)
+        for phase, taken in zip(seconds, took, strict=True):
+            seconds[phase].append(taken)
+    on_wire = f", {shares[-1]:.2%} of the bytes" * (encoding == "delta")
+    for phase, taken in seconds.items():
+        label = f"{name}, {encoding}: {phase}{on_wire}"
+        line(label, taken[_WARM_UP:], exporter.nbytes, copies[_WARM_UP:])
+    grown |= {what: now - before[what] for what, now in _memory(actors).items()}
+    shown = (f"{what} {nbytes / exporter.nbytes:+.2f}" for what, nbytes in grown.items())
+    print(f"{name}, {encoding}: grown by, in versions: {', '.join(shown)}")
 
 
 def _channel_alone(
@@ -216,8 +214,8 @@ def _channel_alone(
     channel: Channel,
     actor: Any,
     repeat: int,
-) -> int:
-    """What was exported and hashed before, until one worker has it. Returns the last version.
+) -> None:
+    """What was exported and hashed before, until one worker has it.
 
     The first buckets stand for all: beside the versions there is no room for a large one.
     """
@@ -229,8 +227,8 @@ def _channel_alone(
     found = [entry for bucket, _ in parts for entry in bucket]
     nbytes = sum(entry.nbytes for entry in found)
     copy = plain_copy(nbytes)
-    seconds, copies, version = [], [], 0
-    for version in range(1, repeat + _WARM_UP + 1):
+    seconds, copies = [], []
+    for version in range(repeat + _WARM_UP):
         copies.append(timed(copy))
         manifest = manifest_of(version, found)
         start = time.perf_counter()
@@ -241,7 +239,6 @@ def _channel_alone(
         ray.get(actor.map.remote(ticket.to_json(), 60.0), timeout=120)
         seconds.append(time.perf_counter() - start)
     line(f"{name}, the channel alone", seconds[_WARM_UP:], nbytes, copies[_WARM_UP:])
-    return version
 
 
 def _memory(actors: list[Any]) -> dict[str, int]:
@@ -305,6 +302,7 @@ def send(
 
 @contextmanager
 def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
+    """A Ray of its own: memory that its store has ever touched it never gives back."""
     import ray
 
     ray.init(
@@ -327,15 +325,14 @@ def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def _channel(name: str) -> Iterator[Channel]:
-    if name == "shuttle":
-        with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
-            yield ShuttleChannel(Path(folder))
-        return
     from bridge.channels.object_store import ObjectStoreChannel
 
-    channel = ObjectStoreChannel(keep_versions=1)  # the last, beside the one that is put
-    yield channel
-    channel.close()
+    with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
+        keep = 1  # the last, beside the one that is put
+        shuttle = name == "shuttle"
+        channel = ShuttleChannel(Path(folder), keep) if shuttle else ObjectStoreChannel(keep)
+        yield channel
+        channel.close()
 
 
 def plain_copy(nbytes: int) -> Callable[[], Any]:
