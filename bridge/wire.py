@@ -106,7 +106,7 @@ class Manifest:
         return sum(self.bucket_bytes)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        return json.dumps(self, default=_fields, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
@@ -285,6 +285,10 @@ def xxh3_of_each(arrays: Iterable[np.ndarray]) -> list[str]:
 
 def sha256(data: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(data).data).hexdigest()
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
 
 
 def _count(value: Any) -> int:

@@ -8,7 +8,8 @@ to copy each array, so tensors that follow each other in memory are one: twice a
 The publisher owns the objects. A reader is not always a Ray worker (vLLM loads weights in a child
 process of the actor), and a reference that is pickled outside Ray's own messages pins its object
 until the owner exits: each version would stay in memory for ever. So references are only ever
-handed out by a small actor, the shelf, and a ticket says where the shelf is.
+handed out by a small actor, the shelf, and a ticket says where the shelf is. A shelf that was
+killed (Ray itself does it where memory runs out) is set up again, with all that was on it.
 """
 
 import contextlib
@@ -19,13 +20,21 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.lib.stride_tricks import as_strided
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bridge.channels import Channel, ChannelError, Ticket, live
 from bridge.wire import Manifest, TensorEntry
@@ -36,6 +45,7 @@ _ATTEMPT_S = 1.0  # of the time that is left, at least, for one
 _PAUSE_S = 0.2  # before the next
 # What may be otherwise the next time: the network, or where Ray looks for an object.
 _TRANSIENT = (GetTimeoutError, ObjectLostError, ActorUnavailableError, ConnectionError)
+_LOG = logging.getLogger(__name__)
 _FILLED = 0.8  # of a store, before Ray spills: its object_spilling_threshold
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
 
@@ -49,29 +59,19 @@ class Shelf:
     def __init__(self) -> None:
         self._coming: dict[int, dict[int, Any]] = {}  # version -> bucket -> reference
         self._refs: dict[int, list[Any]] = {}  # version -> manifest, bucket 0, 1, ...
-        self._bases: dict[int, int | None] = {}
 
     def add(self, version: int, bucket: int, refs: list[Any]) -> None:
         self._coming.setdefault(version, {})[bucket] = refs[0]
 
-    def finish(
-        self,
-        version: int,
-        base: int | None,
-        manifest: list[Any],
-        buckets: int,
-        keep: int,
-        pinned: set[int],
-    ) -> list[int]:
-        """Makes a version readable; returns the buckets that it lacks, and then it is not."""
-        coming = self._coming.pop(version, {})
-        missing = sorted(set(range(buckets)) - coming.keys())
-        if not missing:
-            self._refs[version] = [*manifest, *(coming[i] for i in range(buckets))]
-            self._bases[version] = base
-            for old in self._refs.keys() - live(self._bases, keep, pinned):
-                del self._refs[old], self._bases[old]
-        return missing
+    def coming(self, version: int) -> dict[int, Any]:
+        """What was added for a version."""
+        return self._coming.pop(version, {})
+
+    def show(self, versions: dict[int, list[Any]], gone: Collection[int] = ()) -> None:
+        """Makes versions readable, and others not any more."""
+        self._refs |= versions
+        for version in gone:
+            self._refs.pop(version, None)
 
     def abort(self, version: int) -> None:
         self._coming.pop(version, None)
@@ -95,6 +95,8 @@ class ObjectStoreChannel(Channel):
         super().__init__(keep_versions)
         self._newest = -1
         self._nbytes: dict[int, int] = {}  # of each version that was begun
+        self._refs: dict[int, list[Any]] = {}  # what is on the shelf
+        self._bases: dict[int, int | None] = {}
         self._name = f"weights-{uuid.uuid4().hex}"
         self._shelf: Any = None
 
@@ -108,73 +110,96 @@ class ObjectStoreChannel(Channel):
         pinned = sum(self._nbytes.get(other, 0) for other in self._pinned)
         _check_capacity(version, nbytes, self._keep, pinned)
         with _plain_errors(version, "begun"):
-            self._shelf = self._shelf or self._start_shelf()
+            self.shelf()
         self._newest = version
         self._nbytes[version] = nbytes
-        address = json.dumps({"gcs": ray.get_runtime_context().gcs_address, "shelf": self._name})
-        return ObjectStoreShipment(self._shelf, version, self._keep, self._pinned, address)
+        gcs = ray.get_runtime_context().gcs_address
+        return ObjectStoreShipment(version, {"gcs": gcs, "shelf": self._name}, self)
+
+    def shelf(self) -> Any:
+        """The actor, alive, with all versions that are kept."""
+        if self._shelf is not None:
+            try:
+                _wait(self._shelf.take.remote(-1))
+                return self._shelf
+            except (ActorDiedError, OutOfMemoryError):
+                _LOG.warning("what hands out weight versions was killed, and is set up again")
+        # By name, because a reader may belong to another Ray job than the trainer; on this node,
+        # because others may go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": self._name, "namespace": self._name, "num_cpus": 0}
+        self._shelf = ray.remote(Shelf).options(scheduling_strategy=here, **options).remote()
+        _wait(self._shelf.show.remote(self._refs))
+        return self._shelf
+
+    def keep(self, version: int, base: int | None, refs: list[Any]) -> None:
+        """Puts a whole version on the shelf, and takes old ones off."""
+        self._refs[version], self._bases[version] = refs, base
+        gone = self._refs.keys() - live(self._bases, self._keep, self._pinned)
+        for old in gone:
+            del self._refs[old], self._bases[old]
+        _wait(self.shelf().show.remote({version: refs}, gone))
 
     def close(self) -> None:
         if self._shelf is not None:
             ray.kill(self._shelf)
-            self._shelf = None
-
-    def _start_shelf(self) -> Any:
-        # A name and a namespace, because a reader may belong to another Ray job than the trainer.
-        options = {"name": self._name, "namespace": self._name, "num_cpus": 0}
-        self._shelf = ray.remote(Shelf).options(**options).remote()
-        return self._shelf
+        self._shelf, self._refs = None, {}
 
 
 class ObjectStoreShipment:
-    """See `bridge.channels.Shipment`."""
+    """See `bridge.channels.Shipment`. Of one that was joined the channel is None: another process
+    has it, and finds on the shelf what is put here."""
 
-    def __init__(self, shelf: Any, version: int, keep: int, pinned: set[int], address: str):
-        self._shelf, self._version, self._address = shelf, version, address
-        self._keep, self._pinned = keep, pinned
+    def __init__(self, version: int, address: dict[str, str], channel: ObjectStoreChannel | None):
+        self._version, self._address, self._channel = version, address, channel
+        self._refs: dict[int, Any] = {}  # of the buckets that were put here, without a shelf
         self._done = False
 
     def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
         """Copies at memory speed."""
         with _plain_errors(self._version, f"put into the object store, bucket {entries[0].bucket}"):
             reference = ray.put(_joined([_plain_bytes(array) for array in data]))
-            _wait(self._shelf.add.remote(self._version, entries[0].bucket, [reference]))
+            if self._channel is not None:
+                self._refs[entries[0].bucket] = reference
+            else:
+                shelf = _shelf(**self._address)
+                _wait(shelf.add.remote(self._version, entries[0].bucket, [reference]))
 
     def finish(self, manifest: Manifest) -> Ticket:
+        assert self._channel is not None, "whoever began a shipment finishes it"
         count = len(manifest.bucket_bytes)
         with _plain_errors(self._version, "finished"):
-            text = [ray.put(manifest.to_json())]
+            theirs = _wait(self._channel.shelf().coming.remote(self._version))
+            refs = self._refs | theirs
+            if missing := sorted(set(range(count)) - refs.keys()):
+                raise ChannelError(
+                    f"weight version {self._version} lacks buckets {missing} of {count}: they were "
+                    "never put"
+                )
+            text = ray.put(manifest.to_json())
             base = None if manifest.base is None else manifest.base.version
-            rules = (self._keep, self._pinned)
-            missing = _wait(self._shelf.finish.remote(self._version, base, text, count, *rules))
-        if missing:
-            raise ChannelError(
-                f"weight version {self._version} lacks buckets {missing} of {count}: they were "
-                "never put"
-            )
+            self._channel.keep(self._version, base, [text, *(refs[i] for i in range(count))])
+            self._refs = {}
         self._done = True
-        return Ticket(NAME, self._version, manifest.digest, self._address)
+        return Ticket(NAME, self._version, manifest.digest, json.dumps(self._address))
 
     def invitation(self) -> str:
-        return json.dumps(
-            {"channel": NAME, "version": self._version, "keep": self._keep}
-            | json.loads(self._address)
-        )
+        return json.dumps({"channel": NAME, "version": self._version} | self._address)
 
     def abort(self) -> None:
         if not self._done:
             self._done = True
-            self._shelf.abort.remote(self._version)
+            self._refs.clear()
+            with contextlib.suppress(RayError, ValueError):  # the shelf may be gone
+                _shelf(**self._address).abort.remote(self._version)
 
 
 def join(invitation: dict[str, Any]) -> ObjectStoreShipment:
     """See `bridge.channels.join`. There must be a Ray node of the cluster on this host."""
-    version, gcs, name = (invitation[field] for field in ("version", "gcs", "shelf"))
+    version, address = invitation["version"], {key: invitation[key] for key in ("gcs", "shelf")}
     with _plain_errors(version, f"shipped from {os.uname().nodename}"):
-        _join(gcs)
-        shelf = ray.get_actor(name, namespace=name)
-    address = json.dumps({"gcs": gcs, "shelf": name})
-    return ObjectStoreShipment(shelf, version, invitation["keep"], set(), address)
+        _shelf(**address)
+    return ObjectStoreShipment(version, address, None)
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
@@ -206,9 +231,7 @@ def _get(version: int, gcs: str, name: str, timeout_s: float) -> list[Any]:
     """The manifest's text, and what is in each bucket; what came for an attempt that timed out is
     still on this node unless Ray needed its place."""
     end = time.monotonic() + timeout_s
-    _join(gcs)
-    shelf = ray.get_actor(name, namespace=name)
-    refs, there = ray.get(shelf.take.remote(version), timeout=timeout_s)
+    refs, there = ray.get(_shelf(gcs, name).take.remote(version), timeout=timeout_s)
     if refs is None:
         raise ChannelError(
             f"weight version {version} is not in the object store any more: it holds versions "
@@ -237,11 +260,12 @@ def address_of(address: str, version: int) -> str:
     return address
 
 
-def _join(gcs: str) -> None:
-    """Joins the cluster of the ticket, where this process is not in one: vLLM's child process."""
-    if ray.is_initialized():
-        return
-    ray.init(address=gcs, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+def _shelf(gcs: str, name: str) -> Any:
+    """Joins its cluster first, where this process is not in one: vLLM's child process."""
+    if not ray.is_initialized():
+        level = logging.ERROR
+        ray.init(address=gcs, log_to_driver=False, logging_level=level, configure_logging=False)
+    return ray.get_actor(name, namespace=name)
 
 
 def _wait(ref: Any) -> Any:
@@ -283,7 +307,8 @@ def _cut(manifest: Manifest, joined: Iterable[np.ndarray]) -> Iterator[np.ndarra
         if rest.nbytes < entry.nbytes:
             raise ChannelError(
                 f"weight version {manifest.version}, tensor {entry.name!r}: the object store does "
-                f"not hold the {entry.nbytes} bytes that the manifest promises"
+                f"not hold the {entry.nbytes} bytes that the manifest promises; does the trainer "
+                "run another release than the engines?"
             )
         yield rest[: entry.nbytes]
         rest = rest[entry.nbytes :]

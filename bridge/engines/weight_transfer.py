@@ -271,7 +271,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
                 f"weight version {version} is held, and was not loaded; publish a version and "
                 "examine that"
             )
-        tensors = list(torch_view.tensors(received.manifest, received.data))
+        tensors = torch_view.tensors(received.manifest, received.data)
         scaling = None
         if config and any(name.startswith(ADAPTER_PREFIX) for name, _ in tensors):
             scaling = PEFTHelper.from_dict(config).vllm_lora_scaling_factor
@@ -376,7 +376,7 @@ def stage(receiver: Receiver, ticket: channels.Ticket, deadline_s: float) -> Sta
     """
     started = time.perf_counter()
     received = receiver.receive(ticket, deadline_s)
-    tensors = list(torch_view.tensors(received.manifest, received.data))
+    tensors = torch_view.tensors(received.manifest, received.data)
     seconds = time.perf_counter() - started
     return Staged(ticket.version, tensors, received.digest, received.nbytes, seconds)
 

@@ -83,6 +83,36 @@ def test_a_trainer_that_is_gone_is_not_asked_again(ray_cluster):
         channels.fetch(left, 30.0)
 
 
+def kill_the_shelf(ticket):
+    address = json.loads(ticket.address)
+    ray.kill(ray.get_actor(address["shelf"], namespace=address["shelf"]))
+
+
+def test_a_shelf_that_was_killed_is_there_again_with_what_was_on_it(ray_cluster, caplog):
+    """Between two versions, and again while one is shipped. What was dropped stays dropped."""
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel(keep_versions=2)
+    tickets = [mail(channel.publish(*pack(seed, version=seed))) for seed in (1, 2, 3)]
+    kill_the_shelf(tickets[-1])
+    with pytest.raises(ChannelError, match="version 3 cannot be had"):
+        channels.fetch(tickets[-1], 5.0)
+    manifest, buckets = pack(4, version=4)
+    shipment = channel.begin(4, len(buckets), manifest.nbytes)
+    assert_same(unpack(*channels.fetch(tickets[2], 30.0)), weights(3))
+    for index, data in enumerate(buckets):
+        shipment.put([e for e in manifest.tensors if e.bucket == index], data)
+    kill_the_shelf(tickets[-1])
+    tickets.append(mail(shipment.finish(manifest)))
+    for kept in (3, 4):
+        assert_same(unpack(*channels.fetch(tickets[kept - 1], 30.0)), weights(kept))
+    for dropped in (1, 2):
+        with pytest.raises(ChannelError, match=r"holds versions \[3, 4\]"):
+            channels.fetch(tickets[dropped - 1], 5.0)
+    assert caplog.text.count("set up again") == 2
+    channel.close()
+
+
 PUBLISHES = """
     import sys
 
