@@ -260,12 +260,12 @@ def address_of(address: str, version: int) -> str:
     return address
 
 
-def _shelf(gcs: str, name: str) -> Any:
+def _shelf(gcs: str, shelf: str) -> Any:
     """Joins its cluster first, where this process is not in one: vLLM's child process."""
     if not ray.is_initialized():
         level = logging.ERROR
         ray.init(address=gcs, log_to_driver=False, logging_level=level, configure_logging=False)
-    return ray.get_actor(name, namespace=name)
+    return ray.get_actor(shelf, namespace=shelf)
 
 
 def _wait(ref: Any) -> Any:

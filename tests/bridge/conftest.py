@@ -1,5 +1,6 @@
 """A tiny random Qwen3 made by transformers, and one real engine for all the tests that need one."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -139,11 +140,37 @@ def s3_server(tmp_path_factory):
     leads there."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto")
+    with serving(tmp_path_factory, "-m", "moto.server", "-H", "127.0.0.1", "-p") as (port, patch):
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield s3fs.S3FileSystem()
+
+
+@pytest.fixture(scope="session")
+def gs_server(tmp_path_factory):
+    """The same of Google's storage."""
+    pytest.importorskip("gcp_storage_emulator")
+    command = ["-m", "gcp_storage_emulator", "start", "--in-memory", "--host=127.0.0.1", "--port"]
+    with serving(tmp_path_factory, *command) as (port, patch):
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("FSSPEC_GS_TOKEN", "anon")
+        # The client would ask over gRPC, which the emulator does not speak, what kind of bucket
+        # it is, and wait for a minute.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield pytest.importorskip("gcsfs").GCSFileSystem(token="anon")
+
+
+@contextlib.contextmanager
+def serving(tmp_path_factory, *command):
+    """(port, environment to be changed) while Python runs a command whose last argument is the
+    port that it listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
-    server = subprocess.Popen(command, stdout=log, stderr=log)
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    arguments = [sys.executable, *command, str(port)]
+    server = subprocess.Popen(arguments, stdout=log, stderr=log)
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -153,11 +180,7 @@ def s3_server(tmp_path_factory):
             assert server.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
             time.sleep(0.05)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield s3fs.S3FileSystem()
+        yield port, patch
     server.terminate()
     server.wait()
 
@@ -168,6 +191,13 @@ def s3_url(s3_server):
     bucket = f"weights-{uuid.uuid4().hex}"
     s3_server.mkdir(bucket)
     return f"s3://{bucket}/run"
+
+
+@pytest.fixture
+def gs_url(gs_server):
+    bucket = f"weights-{uuid.uuid4().hex}"
+    gs_server.mkdir(bucket)
+    return f"gs://{bucket}/run"
 
 
 @pytest.fixture(scope="session")

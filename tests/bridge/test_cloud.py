@@ -1,6 +1,7 @@
 """The shuttle in an object storage: what faults of the storage do to a version, and what not.
 
-Most of it over fsspec's own files and memory. A real S3 server, moto, where it is installed.
+Most of it over fsspec's own files and memory. Servers that speak S3 (moto) and Google's storage
+(gcp-storage-emulator), and the real clients, where they are installed.
 """
 
 import contextlib
@@ -312,9 +313,15 @@ def elsewhere(code: str, argument: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request):
+    return request.getfixturevalue(f"{request.param}_url")
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
 def url(request, root):
-    return f"file://{root}" if request.param == "file" else request.getfixturevalue("s3_url")
+    kind = request.param
+    return f"file://{root}" if kind == "file" else request.getfixturevalue(f"{kind}_url")
 
 
 def test_two_processes_put_and_a_third_reads(url):
@@ -335,10 +342,10 @@ PUBLISHES = """
 """
 
 
-def test_what_another_process_published_is_not_rewritten(s3_url):
-    channel = CloudChannel(s3_url)
+def test_what_another_process_published_is_not_rewritten(bucket):
+    channel = CloudChannel(bucket)
     channel.publish(*pack(1, version=1))
-    elsewhere(PUBLISHES, s3_url)
+    elsewhere(PUBLISHES, bucket)
     with pytest.raises(ChannelError, match="version 2 exists"):
         channel.begin(2, 1, 1)
 
@@ -350,13 +357,22 @@ def test_a_process_that_sees_another_storage_says_so(root):
         channels.join(shipment.invitation())
 
 
-def test_a_bucket_that_is_missing_is_one_clear_error(s3_url):
-    nowhere = s3_url.replace("s3://", "s3://no-")
-    with pytest.raises(ChannelError, match=r"version 1 .*s3://no-.*is there such a bucket"):
+def test_a_bucket_that_is_missing_is_one_clear_error(bucket):
+    nowhere = bucket.replace("://", "://no-")
+    with pytest.raises(ChannelError, match=r"version 1 .*://no-.*is there such a bucket"):
         CloudChannel(nowhere).begin(1, 1, 1)
     ticket = Ticket("cloud", 1, "0" * 64, f"{nowhere}/v00000001")
-    with pytest.raises(ChannelError, match=r"version 1: s3://no-.* within 2 s.*bucket"):
+    with pytest.raises(ChannelError, match=r"version 1: .*://no-.* within 2 s"):
         channels.fetch(ticket, 2.0)
+
+
+def test_old_versions_go(bucket):
+    channel = CloudChannel(bucket, keep_versions=2)
+    tickets = [channel.publish(*pack(version, version=version)) for version in (1, 2, 3)]
+    for version in (2, 3):
+        assert_same(unpack(*channels.fetch(tickets[version - 1], DEADLINE_S)), weights(version))
+    with pytest.raises(ChannelError, match=r"version 1: .*dropped"):
+        channels.fetch(tickets[0], 1.0)
 
 
 class CuttingProxy:

@@ -113,6 +113,25 @@ def test_a_shelf_that_was_killed_is_there_again_with_what_was_on_it(ray_cluster,
     channel.close()
 
 
+def test_an_aborted_version_leaves_nothing(ray_cluster):
+    """Nor what another process put for it."""
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel()
+    manifest, buckets = pack(1, version=1)
+    shipment = channel.begin(1, len(buckets), manifest.nbytes)
+    for index, some in enumerate((shipment, channels.join(shipment.invitation()))):
+        some.put([e for e in manifest.tensors if e.bucket == index], buckets[index])
+    shipment.abort()
+    ticket = mail(channel.publish(*pack(2, version=2)))
+    assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(2))
+    shelf = json.loads(ticket.address)["shelf"]
+    assert ray.get(ray.get_actor(shelf, namespace=shelf).coming.remote(1)) == {}
+    with pytest.raises(ChannelError, match=r"version 1 is not in .* holds versions \[2\]"):
+        channels.fetch(channels.Ticket("object_store", 1, manifest.digest, ticket.address), 5.0)
+    channel.close()
+
+
 PUBLISHES = """
     import sys
 
