@@ -94,13 +94,16 @@ class _Spent:
 
     def take(self, group: Group) -> Stacks:
         """The oldest of the same shapes; empty if there is none."""
-        alike = (stacks for kind, stacks in self._kept if kind == _kind(group))
+        alike = (stacks for kind, stacks in self._unspent() if kind == _kind(group))
         return next(alike, {})
 
     def keep(self, group: Group, stacks: Stacks) -> None:
         """Once the host's views are made."""
-        left = [one for one in self._kept if not any(a.is_deleted() for a in one[1].values())]
-        self._kept = [*left, (_kind(group), stacks)][-_SPENT:]
+        self._kept = [*self._unspent(), (_kind(group), stacks)][-_SPENT:]
+
+    def _unspent(self) -> list[tuple[Hashable, Stacks]]:
+        """Those of which the runtime has made no use yet."""
+        return [one for one in self._kept if not any(a.is_deleted() for a in one[1].values())]
 
 
 class Exporter:
