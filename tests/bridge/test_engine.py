@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,42 @@ def test_a_published_version_is_what_serves(engine, other, tmp_path, kind):
     np.testing.assert_allclose(engine.call("score", TEXT), other.scores(TEXT), atol=1e-4)
     assert acknowledged["version"] == engine.version
     assert 0 < acknowledged["load_s"] <= acknowledged["pause_s"]
+
+
+class Decoding:
+    """vLLM's engine, as far as a commit asks it: a step takes 0.2 s and gives a token."""
+
+    def __init__(self, counters):
+        self.counters = counters
+
+    async def pause_generation(self, mode, clear_cache):
+        await asyncio.sleep(0.2)
+        self.counters.record(None, SimpleNamespace(num_generation_tokens=1))
+        self.paused = time.perf_counter()
+        self.counters.record(None, SimpleNamespace(num_generation_tokens=0))
+
+    async def finish_weight_update(self, weight_version):
+        await asyncio.sleep(0.05)
+
+    async def collective_rpc(self, name):
+        return [{"version": 1, "digest": "1", "load_s": 0.05}]
+
+    async def resume_generation(self):
+        self.resumed = time.perf_counter()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_pause_begins_with_the_last_token_or_the_request(engine_settings, busy):
+    counters_of = pytest.importorskip("bridge.engines.counters")
+    engine = VllmEngine("engine", engine_settings, {})
+    engine._counters = counters_of.Counters(None)
+    engine._llm = llm = Decoding(engine._counters if busy else counters_of.Counters(None))
+    engine._staged = 1
+    began = time.perf_counter()
+    pause_s = asyncio.run(engine.commit(1))["pause_s"]
+    took = time.perf_counter() - began
+    resumed = llm.resumed - llm.paused
+    assert resumed <= pause_s <= took - 0.19 if busy else resumed + 0.19 <= pause_s <= took
 
 
 def test_the_acknowledgement_carries_the_digest_of_the_weights(engine, other):
