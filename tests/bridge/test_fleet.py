@@ -105,7 +105,8 @@ class ScriptedEngine:
     async def poll(self, wait_s):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.news.wait(), wait_s)
-        await self._act("poll")
+        if self.news.is_set():  # before there is work, an engine may be up ahead of the others
+            await self._act("poll")
         self.news.clear()
         self.polls += 1
         self.progress += self.script.get("generate") != "hang"
