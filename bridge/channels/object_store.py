@@ -27,7 +27,6 @@ import numpy as np
 import ray
 from numpy.lib.stride_tricks import as_strided
 from ray.exceptions import (
-    ActorDiedError,
     ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
@@ -118,27 +117,37 @@ class ObjectStoreChannel(Channel):
 
     def shelf(self) -> Any:
         """The actor, alive, with all versions that are kept."""
-        if self._shelf is not None:
-            try:
-                _wait(self._shelf.take.remote(-1))
-                return self._shelf
-            except (ActorDiedError, OutOfMemoryError):
-                _LOG.warning("what hands out weight versions was killed, and is set up again")
-        # By name, because a reader may belong to another Ray job than the trainer; on this node,
-        # because others may go.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"name": self._name, "namespace": self._name, "num_cpus": 0}
-        self._shelf = ray.remote(Shelf).options(scheduling_strategy=here, **options).remote()
-        _wait(self._shelf.show.remote(self._refs))
+        if self._shelf is None:
+            # By name, because a reader may belong to another Ray job than the trainer; on this
+            # node, because others may go. Ray starts it again if its process is killed.
+            here = ray.get_runtime_context().get_node_id()
+            options = {"name": self._name, "namespace": self._name, "num_cpus": 0}
+            options |= {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+            self._shelf = ray.remote(Shelf).options(max_restarts=-1, **options).remote()
+        if set(self._there()) != self._refs.keys():
+            _LOG.warning("what hands out weight versions was killed, and is set up again")
+            _wait(self._shelf.show.remote(self._refs))
         return self._shelf
+
+    def _there(self) -> list[int]:
+        """The versions on the shelf, once it answers."""
+        end = time.monotonic() + _PUBLISH_TIMEOUT_S
+        while True:
+            try:
+                return _wait(self._shelf.take.remote(-1))[1]
+            except (ActorUnavailableError, OutOfMemoryError):  # it is being started again
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_PAUSE_S)
 
     def keep(self, version: int, base: int | None, refs: list[Any]) -> None:
         """Puts a whole version on the shelf, and takes old ones off."""
+        shelf = self.shelf()
         self._refs[version], self._bases[version] = refs, base
         gone = self._refs.keys() - live(self._bases, self._keep, self._pinned)
         for old in gone:
             del self._refs[old], self._bases[old]
-        _wait(self.shelf().show.remote({version: refs}, gone))
+        _wait(shelf.show.remote({version: refs}, gone))
 
     def close(self) -> None:
         if self._shelf is not None:
