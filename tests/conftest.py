@@ -19,7 +19,10 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # libtpu is installed, and vLLM would infer a TPU from it
-flags = [DEVICES, QUICK] if os.environ["JAX_PLATFORMS"] == "cpu" else [DEVICES]
+# XLA ends the process when simulated devices wait for each other for 40 s, as they may where
+# something else has the cores.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+flags = [DEVICES, QUICK, PATIENT] if os.environ["JAX_PLATFORMS"] == "cpu" else [DEVICES]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its session has
