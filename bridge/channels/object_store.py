@@ -44,9 +44,9 @@ _ATTEMPT_S = 1.0  # of the time that is left, at least, for one
 _PAUSE_S = 0.2  # before the next
 # What may be otherwise the next time: the network, or where Ray looks for an object.
 _TRANSIENT = (GetTimeoutError, ObjectLostError, ActorUnavailableError, ConnectionError)
-_LOG = logging.getLogger(__name__)
 _FILLED = 0.8  # of a store, before Ray spills: its object_spilling_threshold
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
+_LOG = logging.getLogger(__name__)
 
 
 class Shelf:
@@ -199,7 +199,7 @@ class ObjectStoreShipment:
         if not self._done:
             self._done = True
             self._refs.clear()
-            with contextlib.suppress(RayError, ValueError):  # the shelf may be gone
+            with contextlib.suppress(RayError, ConnectionError, ValueError):  # it may be gone
                 _shelf(**self._address).abort.remote(self._version)
 
 
