@@ -170,9 +170,10 @@ class Exporter:
         """
         self.device_bytes = 0
         made = map(_gathered, self._made(params, gather=True))
-        for group, stacks in self._own(owners, _ahead(made, self._mesh(params))):
+        mesh = self._mesh(params)
+        for group, stacks in self._own(owners, _ahead(made, mesh)):
             yield [] if stacks is None else self._whole(group, stacks)
-            if stacks is not None and self._recycles(group, stacks):
+            if stacks is not None and _on_cpu(mesh) and self._recycles(group, stacks):
                 self._spent.keep(group, stacks)
 
     def groups_since(
@@ -266,12 +267,11 @@ class Exporter:
             yield {name: _cast(array, self._dtype) for name, array in stacks.items()}
 
     def _recycles(self, group: Group, stacks: Stacks) -> bool:
-        """Whether the memory of a group, made without a cast of its own, is the host's too."""
+        """Whether a group was made without a cast of its own, and the host reads it as it lies."""
         return group.nbytes >= _WORTH_BYTES and all(
             array.is_fully_addressable
             and array.is_fully_replicated
             and not self._first(name).inputs_first
-            and next(iter(array.devices())).platform == "cpu"
             for name, array in stacks.items()
         )
 
