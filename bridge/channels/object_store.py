@@ -10,6 +10,10 @@ process of the actor), and a reference that is pickled outside Ray's own message
 until the owner exits: each version would stay in memory for ever. So references are only ever
 handed out by a small actor, the shelf, and a ticket says where the shelf is. A shelf that was
 killed (Ray itself does it where memory runs out) is set up again, with all that was on it.
+
+Nodes that fetched an earlier version are brought the buckets of the next one while others of it are
+still shipped, by a small actor on each, the relay. So on a network a version travels while it is
+made. That is all it does: what engines fetch, and what they prove, is the same without it.
 """
 
 import contextlib
@@ -46,7 +50,20 @@ _PAUSE_S = 0.2  # before the next
 _TRANSIENT = (GetTimeoutError, ObjectLostError, ActorUnavailableError, ConnectionError)
 _FILLED = 0.8  # of a store, before Ray spills: its object_spilling_threshold
 _PUBLISH_TIMEOUT_S = 60.0  # to start the shelf or to hear from it; bytes do not wait for this
+_BRINGING = 16  # buckets at a time, to a node
+_BRING_S = 300.0  # after that a bucket is left to those who fetch it
 _LOG = logging.getLogger(__name__)
+
+
+class Relay:
+    """Brings buckets to its node before anybody there asks for them. A Ray actor.
+
+    It holds a bucket only until it is there: who fetches it finds it, unless Ray needed its place.
+    """
+
+    def bring(self, refs: list[Any]) -> None:
+        with contextlib.suppress(RayError):  # then there is nothing to find
+            ray.wait(refs, num_returns=len(refs), timeout=_BRING_S)
 
 
 class Shelf:
@@ -58,26 +75,65 @@ class Shelf:
     def __init__(self) -> None:
         self._coming: dict[int, dict[int, Any]] = {}  # version -> bucket -> reference
         self._refs: dict[int, list[Any]] = {}  # version -> manifest, bucket 0, 1, ...
+        self._takers: dict[int, set[str]] = {}  # version -> nodes
+        self._relays: dict[str, tuple[Any, Any]] = {}  # by node; and what each was asked last
+
+    def begin(self) -> tuple[list[int], bool]:
+        """The versions that there are, and whether what is added for the next is brought anywhere:
+        to the other nodes where one of those was taken."""
+        here = ray.get_runtime_context().get_node_id()
+        nodes = set().union(*self._takers.values()) - {here}
+        alive = {n: relay for n, relay in self._relays.items() if not _has_failed(relay[1])}
+        self._relays = {node: alive.get(node) or _relay(node) for node in nodes}
+        return sorted(self._refs), bool(nodes)
 
     def add(self, version: int, bucket: int, refs: list[Any]) -> None:
         self._coming.setdefault(version, {})[bucket] = refs[0]
+        for node, (relay, _) in self._relays.items():
+            self._relays[node] = relay, relay.bring.remote(refs)
 
     def coming(self, version: int) -> dict[int, Any]:
         """What was added for a version."""
-        return self._coming.pop(version, {})
+        return self._coming.get(version, {})
 
-    def show(self, versions: dict[int, list[Any]], gone: Collection[int] = ()) -> None:
-        """Makes versions readable, and others not any more."""
+    def show(self, versions: dict[int, list[Any]], gone: Collection[int] = ()) -> list[int]:
+        """Makes versions readable, and others not any more. Returns those that there are."""
         self._refs |= versions
         for version in gone:
             self._refs.pop(version, None)
+            self._takers.pop(version, None)
+        for version in versions:
+            self._coming.pop(version, None)
+        return sorted(self._refs)
 
     def abort(self, version: int) -> None:
         self._coming.pop(version, None)
 
-    def take(self, version: int) -> tuple[list[Any] | None, list[int]]:
-        """The references of `version` or None, and the versions that there are."""
+    def take(self, version: int, node: str) -> tuple[list[Any] | None, list[int]]:
+        """The references of `version` or None, and the versions that there are. `node`: where it
+        will be read."""
+        if version in self._refs:
+            self._takers.setdefault(version, set()).add(node)
         return self._refs.get(version), sorted(self._refs)
+
+
+def _relay(node: str) -> tuple[Any, Any]:
+    relay = ray.remote(Relay).options(num_cpus=0, max_concurrency=_BRINGING, **_on(node)).remote()
+    return relay, relay.__ray_ready__.remote()
+
+
+def _has_failed(ref: Any) -> bool:
+    """Whether what was asked of an actor came back as an error: it is gone."""
+    if ray.wait([ref], timeout=0)[0]:
+        try:
+            ray.get(ref)
+        except RayError:
+            return True
+    return False
+
+
+def _on(node: str) -> dict[str, Any]:
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 class ObjectStoreChannel(Channel):
@@ -98,6 +154,7 @@ class ObjectStoreChannel(Channel):
         self._bases: dict[int, int | None] = {}
         self._name = f"weights-{uuid.uuid4().hex}"
         self._shelf: Any = None
+        self._relayed = False  # whether buckets are brought to other nodes as they come
 
     def begin(self, version: int, buckets: int, nbytes: int) -> "ObjectStoreShipment":
         """See `Channel.begin`."""
@@ -109,45 +166,52 @@ class ObjectStoreChannel(Channel):
         pinned = sum(self._nbytes.get(other, 0) for other in self._pinned)
         _check_capacity(version, nbytes, self._keep, pinned)
         with _plain_errors(version, "begun"):
-            self.shelf()
+            there, self._relayed = self._asked("begin")
+            self._refill(there)
         self._newest = version
         self._nbytes[version] = nbytes
         gcs = ray.get_runtime_context().gcs_address
         return ObjectStoreShipment(version, {"gcs": gcs, "shelf": self._name}, self)
 
-    def shelf(self) -> Any:
-        """The actor, alive, with all versions that are kept."""
+    def announce(self, version: int, bucket: int, ref: Any) -> None:
+        """Has a bucket brought to where versions are read. Does not wait."""
+        if self._relayed:
+            self._shelf.add.remote(version, bucket, [ref])
+
+    def coming(self, version: int) -> dict[int, Any]:
+        """What other processes put for a version."""
+        return self._asked("coming", version)
+
+    def keep(self, version: int, base: int | None, refs: list[Any]) -> None:
+        """Puts a whole version on the shelf, and takes old ones off."""
+        self._refs[version], self._bases[version] = refs, base
+        gone = self._refs.keys() - live(self._bases, self._keep, self._pinned)
+        for old in gone:
+            del self._refs[old], self._bases[old]
+        self._refill(self._asked("show", {version: refs}, gone))
+
+    def _asked(self, method: str, *arguments: Any) -> Any:
+        """What a method of the shelf returns, which Ray may be starting again."""
         if self._shelf is None:
             # By name, because a reader may belong to another Ray job than the trainer; on this
             # node, because others may go. Ray starts it again if its process is killed.
             here = ray.get_runtime_context().get_node_id()
-            options = {"name": self._name, "namespace": self._name, "num_cpus": 0}
-            options |= {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+            options = {"name": self._name, "namespace": self._name, "num_cpus": 0, **_on(here)}
             self._shelf = ray.remote(Shelf).options(max_restarts=-1, **options).remote()
-        if set(self._there()) != self._refs.keys():
-            _LOG.warning("what hands out weight versions was killed, and is set up again")
-            _wait(self._shelf.show.remote(self._refs))
-        return self._shelf
-
-    def _there(self) -> list[int]:
-        """The versions on the shelf, once it answers."""
         end = time.monotonic() + _PUBLISH_TIMEOUT_S
         while True:
             try:
-                return _wait(self._shelf.take.remote(-1))[1]
+                return _wait(getattr(self._shelf, method).remote(*arguments))
             except (ActorUnavailableError, OutOfMemoryError):  # it is being started again
                 if time.monotonic() > end:
                     raise
             time.sleep(_PAUSE_S)
 
-    def keep(self, version: int, base: int | None, refs: list[Any]) -> None:
-        """Puts a whole version on the shelf, and takes old ones off."""
-        shelf = self.shelf()
-        self._refs[version], self._bases[version] = refs, base
-        gone = self._refs.keys() - live(self._bases, self._keep, self._pinned)
-        for old in gone:
-            del self._refs[old], self._bases[old]
-        _wait(shelf.show.remote({version: refs}, gone))
+    def _refill(self, there: Sequence[int]) -> None:
+        """Gives the shelf what it must have, if it says that it holds other versions."""
+        if set(there) != self._refs.keys():
+            _LOG.warning("what hands out weight versions was killed, and is set up again")
+            self._asked("show", self._refs)
 
     def close(self) -> None:
         if self._shelf is not None:
@@ -161,7 +225,8 @@ class ObjectStoreShipment:
 
     def __init__(self, version: int, address: dict[str, str], channel: ObjectStoreChannel | None):
         self._version, self._address, self._channel = version, address, channel
-        self._refs: dict[int, Any] = {}  # of the buckets that were put here, without a shelf
+        self._refs: dict[int, Any] = {}  # of the buckets that were put here
+        self._shared = False  # whether others may have put some
         self._done = False
 
     def put(self, entries: Sequence[TensorEntry], data: Sequence[np.ndarray]) -> None:
@@ -170,6 +235,7 @@ class ObjectStoreShipment:
             reference = ray.put(_joined([_plain_bytes(array) for array in data]))
             if self._channel is not None:
                 self._refs[entries[0].bucket] = reference
+                self._channel.announce(self._version, entries[0].bucket, reference)
             else:
                 shelf = _shelf(**self._address)
                 _wait(shelf.add.remote(self._version, entries[0].bucket, [reference]))
@@ -178,8 +244,7 @@ class ObjectStoreShipment:
         assert self._channel is not None, "whoever began a shipment finishes it"
         count = len(manifest.bucket_bytes)
         with _plain_errors(self._version, "finished"):
-            theirs = _wait(self._channel.shelf().coming.remote(self._version))
-            refs = self._refs | theirs
+            refs = self._refs | (self._channel.coming(self._version) if self._shared else {})
             if missing := sorted(set(range(count)) - refs.keys()):
                 raise ChannelError(
                     f"weight version {self._version} lacks buckets {missing} of {count}: they were "
@@ -193,6 +258,7 @@ class ObjectStoreShipment:
         return Ticket(NAME, self._version, manifest.digest, json.dumps(self._address))
 
     def invitation(self) -> str:
+        self._shared = True
         return json.dumps({"channel": NAME, "version": self._version} | self._address)
 
     def abort(self) -> None:
@@ -240,7 +306,8 @@ def _get(version: int, gcs: str, name: str, timeout_s: float) -> list[Any]:
     """The manifest's text, and what is in each bucket; what came for an attempt that timed out is
     still on this node unless Ray needed its place."""
     end = time.monotonic() + timeout_s
-    refs, there = ray.get(_shelf(gcs, name).take.remote(version), timeout=timeout_s)
+    shelf, node = _shelf(gcs, name), ray.get_runtime_context().get_node_id()
+    refs, there = ray.get(shelf.take.remote(version, node), timeout=timeout_s)
     if refs is None:
         raise ChannelError(
             f"weight version {version} is not in the object store any more: it holds versions "

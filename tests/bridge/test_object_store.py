@@ -1,5 +1,6 @@
 """The object store where something is in the way, and from other processes of a real cluster."""
 
+import contextlib
 import json
 import os
 import select
@@ -187,6 +188,68 @@ READS = """
 """
 
 
+PUBLISHES_AFAR = """
+    import os
+    import signal
+    import sys
+    import time
+
+    import ray
+
+    from bridge import channels, wire
+    from bridge.channels.object_store import ObjectStoreChannel
+    from tests.bridge.test_channels import pack
+
+    class Engine:
+        def facts(self):
+            return ray.get_runtime_context().get_node_id(), os.getppid()
+
+        def fetch(self, ticket):
+            manifest, data = channels.fetch(channels.Ticket.from_json(ticket), 30.0)
+            return wire.verify(manifest, data)
+
+    said, sys.stdout = sys.stdout, sys.stderr  # where Ray says who was killed
+
+    def say(what):
+        print(what, file=said, flush=True)
+
+    def is_there(refs):
+        found = ray.experimental.get_object_locations(refs)
+        return all(node in found[ref]["node_ids"] for ref in refs)
+
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    engine = ray.remote(Engine).options(resources={"far": 1}, num_cpus=0).remote()
+    node, raylet = ray.get(engine.facts.remote(), timeout=60)
+    channel = ObjectStoreChannel()
+    for version in range(1, 7):
+        manifest, buckets = pack(version, version=version)
+        shipment = channel.begin(version, len(buckets), manifest.nbytes)
+        other = channels.join(shipment.invitation()) if version == 2 else shipment
+        for index, data in enumerate(buckets):
+            part = [e for e in manifest.tensors if e.bucket == index]
+            (shipment, other)[index % 2].put(part, data)
+        if version in (2, 4):
+            refs = [*shipment._refs.values(), *channel.coming(version).values()]
+            end = time.monotonic() + 60
+            while not is_there(refs) and time.monotonic() < end:
+                time.sleep(0.02)
+            if version == 2:
+                say(len(shipment._refs) < len(buckets))
+            say(len(set(refs)) == len(buckets) and is_there(refs))
+        ticket = shipment.finish(manifest)
+        if version < 4:
+            say(ray.get(engine.fetch.remote(ticket.to_json())) == ticket.digest)
+        if version == 2:
+            relays = channel._shelf.__ray_call__.remote(lambda shelf: [*shelf._relays.values()])
+            ((relay, _),) = ray.get(relays)
+            relay.__ray_call__.remote(lambda relay: os.kill(os.getpid(), signal.SIGKILL))
+            time.sleep(0.5)
+        if version == 4:
+            os.kill(raylet, signal.SIGKILL)
+    say(not ray.get(channel._shelf.begin.remote())[1])
+"""
+
+
 class Process:
     """Another Python process that runs `code`, spoken to by lines."""
 
@@ -210,32 +273,42 @@ class Process:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def ray_node(scratch, environment, *arguments):
+    """A Ray node, as `ray start` on the command line makes it."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments]
+    command += [f"--object-store-memory={128 << 20}", "--node-ip-address=127.0.0.1"]
+    log = (scratch.parent / f"{scratch.name}-{len(arguments)}.log").open("w")
+    node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 90
+    while "Ray runtime started" not in Path(log.name).read_text():
+        assert node.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+        time.sleep(0.1)
+    yield
+    node.terminate()
+    try:
+        node.wait(3.0)
+    except subprocess.TimeoutExpired:  # it waits for 14 s if its raylet is gone
+        node.kill()
+        node.wait()
+
+
 @pytest.fixture
 def cluster(tmp_path_factory):
-    """(address, environment) of a Ray head of its own, as `ray start` on the command line makes."""
+    """(address, environment, directory) of a Ray of its own."""
     environment = dict(os.environ)
     if Path("~/.ray/auth_token").expanduser().exists():  # Ray asks for it where there is one
         environment["RAY_AUTH_MODE"] = "token"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     scratch = tmp_path_factory.mktemp("r")
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    command = [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=4"]
-    command += [f"--object-store-memory={128 << 20}", "--include-dashboard=false"]
-    log = (scratch.parent / f"{scratch.name}.log").open("w")
-    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 90
-    while "Ray runtime started" not in Path(log.name).read_text():
-        assert head.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
-        time.sleep(0.1)
-    yield f"127.0.0.1:{port}", environment
-    head.terminate()
-    head.wait()
+    head = ["--head", f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=4"]
+    with ray_node(scratch, environment, *head, "--include-dashboard=false"):
+        yield f"127.0.0.1:{port}", environment, scratch
 
 
 def test_two_processes_put_and_a_third_maps_what_they_put(cluster):
-    address, environment = cluster
+    address, environment, _ = cluster
     publisher = Process(PUBLISHES, environment, address)
     other, reader = Process(PUTS, environment), Process(READS, environment)
     try:
@@ -249,3 +322,25 @@ def test_two_processes_put_and_a_third_maps_what_they_put(cluster):
     finally:
         for process in (reader, other, publisher):
             process.end()
+
+
+def test_buckets_are_on_another_node_before_their_version_is_whole(cluster):
+    """Where an earlier version was fetched, whoever put them. Versions get there without, too: the
+    relay is killed after version 2, and the node after version 4."""
+    address, environment, scratch = cluster
+    far = [f"--address={address}", "--num-cpus=1", '--resources={"far": 1}']
+    with ray_node(scratch, environment, *far):
+        publisher = Process(PUBLISHES_AFAR, environment, address)
+        try:
+            for what in (
+                "version 1 was fetched",
+                "another process put some of version 2",
+                "all of version 2 is there before it is finished",
+                "version 2 was fetched",
+                "version 3 was fetched",
+                "all of version 4 is there before it is finished",
+                "nobody can take any of those that are left",
+            ):
+                assert publisher.says() == "True", what
+        finally:
+            publisher.end()

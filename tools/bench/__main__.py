@@ -60,6 +60,13 @@ def main() -> int:
         default="float32",
         help="publish: dtype of the parameters",
     )
+    add("--far", action="store_true", help="publish: workers on a Ray node of their own")
+    add(
+        "--device-gbs",
+        type=float,
+        metavar="GB/S",
+        help="publish: parameters come to the host no faster than this",
+    )
     add("--bucket-mib", type=_count, default=256, help="publish: of a buffer on the wire")
     add(
         "--channels",
@@ -95,6 +102,8 @@ def main() -> int:
                 options.bucket_mib << 20,
                 options.channels,
                 options.repeat,
+                options.far,
+                options.device_gbs,
             )
             return 0
         if options.what == "load":

@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +34,12 @@ from jaxrl.models.params import ParamSpec, param_specs, tree_of
 from jaxrl.models.params import Path as ParamPath
 from jaxrl.types import RunError
 
+Groups = Iterator[list[HostTensor]]
+
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
+_NODE_S = 60.0  # for a second node to start
+_FAR = "far"  # its resource
 _COPIED_BLOCK = 1 << 29  # bytes
 _ALONE_BYTES = 20 << 26
 _WARM_UP = 6  # versions, until every place that the channel keeps one in was written to
@@ -108,10 +114,16 @@ def bench_publish(
     bucket_bytes: int,
     channels: Sequence[str],
     repeat: int = 5,
+    far: bool = False,
+    device_gbs: float | None = None,
 ) -> None:
     """Prints seconds and GB/s by phase, for each channel, beside a plain copy of the bytes.
 
-    `held`: the dtype of the parameters.
+    Args:
+      held: the dtype of the parameters.
+      far: workers are on a Ray node of their own, on this machine; what they fetch goes through the
+        loopback device.
+      device_gbs: GB/s; groups come no faster than that, as from devices with memory of their own.
     """
     with tempfile.TemporaryDirectory(prefix="jaxrl-bench-") as folder:
         specs = param_specs(make_model(Path(folder), gigabytes))
@@ -128,11 +140,12 @@ def bench_publish(
     copies, exports = zip(*pairs[1:], strict=True)
     line("export alone", exports, nbytes, copies)
     for name in channels:
-        with _cluster(nbytes, workers) as actors, _channel(name) as channel:
+        with _cluster(nbytes, workers, far) as actors, _channel(name) as channel:
             _channel_alone(name, exporter, params.now, channel, actors[0], repeat)
         for encoding in ("full", "delta"):
-            with _cluster(nbytes, workers) as actors, _channel(name) as channel:
-                _publishes(name, encoding, exporter, params, channel, actors, repeat, copy)
+            with _cluster(nbytes, workers, far) as actors, _channel(name) as channel:
+                paced = functools.partial(_paced, gbs=device_gbs)
+                _publishes(name, encoding, exporter, params, channel, actors, repeat, copy, paced)
 
 
 class Trained:
@@ -179,6 +192,7 @@ def _publishes(
     actors: list[Any],
     repeat: int,
     copy: Callable[[], Any],
+    paced: Callable[[Groups], Groups],
 ) -> None:
     encoder, shadow = Encoder(encoding, anchor_every=1 << 30), Shadow()
     seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
@@ -187,7 +201,7 @@ def _publishes(
     for version in range(repeat + _WARM_UP):
         params.update()
         copies.append(timed(copy))  # beside each version: the machine's speed drifts
-        groups = exporter.groups(params.now)
+        groups = paced(exporter.groups(params.now))
         with _peak(grown, held):
             start = time.perf_counter()
             manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
@@ -282,7 +296,7 @@ def _stage(actors: list[Any], ticket: str, digest: str) -> None:
 
 
 def send(
-    groups: Iterator[list[HostTensor]],
+    groups: Groups,
     exporter: Exporter,
     channel: Channel,
     encoder: Encoder,
@@ -301,14 +315,15 @@ def send(
 
 
 @contextmanager
-def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
+def _cluster(nbytes: int, workers: int, far: bool) -> Iterator[list[Any]]:
     """A Ray of its own: memory that its store has ever touched it never gives back."""
     import ray
 
+    store = 3 * nbytes + (1 << 28)  # more than 80 % in use, and Ray spills
     ray.init(
         address="local",
         num_cpus=workers + 1,
-        object_store_memory=3 * nbytes + (1 << 28),  # more than 80 % in use, and Ray spills
+        object_store_memory=store,
         _memory=1 << 30,  # or Ray refuses a store this large beside the parameters
         include_dashboard=False,
         log_to_driver=False,
@@ -316,11 +331,36 @@ def _cluster(nbytes: int, workers: int) -> Iterator[list[Any]]:
     )
     from bridge.engines.vllm import actor_environment
 
-    actor = ray.remote(Worker).options(runtime_env={"env_vars": actor_environment(cpu=True)})
-    actors = [cast(Any, actor).remote() for _ in range(workers)]
-    ray.get([each.ready.remote() for each in actors], timeout=300)
-    yield actors
+    with _far_node(store) if far else nullcontext():
+        options = {"runtime_env": {"env_vars": actor_environment(cpu=True)}}
+        options |= {"resources": {_FAR: 1e-3}, "num_cpus": 0} if far else {}
+        actor = ray.remote(Worker).options(**options)
+        actors = [cast(Any, actor).remote() for _ in range(workers)]
+        ray.get([each.ready.remote() for each in actors], timeout=300)
+        yield actors
     ray.shutdown()
+
+
+@contextmanager
+def _far_node(store: int) -> Iterator[None]:
+    """A second Ray node on this machine."""
+    import ray
+
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+    command += [f"--address={ray.get_runtime_context().gcs_address}", f"--memory={1 << 30}"]
+    command += [f"--object-store-memory={store}", f"--resources={json.dumps({_FAR: 1})}"]
+    quiet = subprocess.DEVNULL
+    node = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+    try:
+        end = time.monotonic() + _NODE_S
+        while _FAR not in ray.cluster_resources():
+            if node.poll() is not None or time.monotonic() > end:
+                raise RunError(f"`{' '.join(command)}` made no second node within {_NODE_S:g} s")
+            time.sleep(0.1)
+        yield
+    finally:
+        node.terminate()
+        node.wait()
 
 
 @contextmanager
@@ -347,7 +387,16 @@ def plain_copy(nbytes: int) -> Callable[[], Any]:
     return copy
 
 
-def _drain(groups: Iterator[list[HostTensor]]) -> None:
+def _paced(groups: Groups, gbs: float | None) -> Groups:
+    start, nbytes = time.perf_counter(), 0
+    for group in groups:
+        nbytes += sum(tensor.data.nbytes for tensor in group)
+        if gbs is not None:
+            time.sleep(max(0.0, start + nbytes / gbs / 1e9 - time.perf_counter()))
+        yield group
+
+
+def _drain(groups: Groups) -> None:
     for _ in groups:
         pass
 
