@@ -118,7 +118,8 @@ class Shelf:
 
 
 def _relay(node: str) -> tuple[Any, Any]:
-    relay = ray.remote(Relay).options(num_cpus=0, max_concurrency=_BRINGING, **_on(node)).remote()
+    options = {"num_cpus": 0, "max_concurrency": _BRINGING, **_on(node)}
+    relay: Any = ray.remote(Relay).options(**options).remote()
     return relay, relay.__ray_ready__.remote()
 
 
