@@ -11,7 +11,7 @@ until the owner exits: each version would stay in memory for ever. So references
 handed out by a small actor, the shelf, and a ticket says where the shelf is. A shelf that was
 killed (Ray itself does it where memory runs out) is set up again, with all that was on it.
 
-Nodes that fetched an earlier version are brought the buckets of the next one while others of it are
+Nodes that fetched the newest version are brought the buckets of the next one while others of it are
 still shipped, by a small actor on each, the relay. So on a network a version travels while it is
 made. That is all it does: what engines fetch, and what they prove, is the same without it.
 """
@@ -75,14 +75,13 @@ class Shelf:
     def __init__(self) -> None:
         self._coming: dict[int, dict[int, Any]] = {}  # version -> bucket -> reference
         self._refs: dict[int, list[Any]] = {}  # version -> manifest, bucket 0, 1, ...
-        self._takers: dict[int, set[str]] = {}  # version -> nodes
+        self._takers: set[str] = set()  # nodes where the newest version was read
         self._relays: dict[str, tuple[Any, Any]] = {}  # by node; and what each was asked last
 
     def begin(self) -> tuple[list[int], bool]:
         """The versions that there are, and whether what is added for the next is brought anywhere:
-        to the other nodes where one of those was taken."""
-        here = ray.get_runtime_context().get_node_id()
-        nodes = set().union(*self._takers.values()) - {here}
+        to the other nodes where the newest was taken."""
+        nodes = self._takers - {ray.get_runtime_context().get_node_id()}
         alive = {n: relay for n, relay in self._relays.items() if not _has_failed(relay[1])}
         self._relays = {node: alive.get(node) or _relay(node) for node in nodes}
         return sorted(self._refs), bool(nodes)
@@ -101,9 +100,9 @@ class Shelf:
         self._refs |= versions
         for version in gone:
             self._refs.pop(version, None)
-            self._takers.pop(version, None)
         for version in versions:
             self._coming.pop(version, None)
+        self._takers.clear()
         return sorted(self._refs)
 
     def abort(self, version: int) -> None:
@@ -112,8 +111,8 @@ class Shelf:
     def take(self, version: int, node: str) -> tuple[list[Any] | None, list[int]]:
         """The references of `version` or None, and the versions that there are. `node`: where it
         will be read."""
-        if version in self._refs:
-            self._takers.setdefault(version, set()).add(node)
+        if version == max(self._refs, default=None):
+            self._takers.add(node)
         return self._refs.get(version), sorted(self._refs)
 
 
