@@ -38,7 +38,7 @@ Groups = Iterator[list[HostTensor]]
 
 DTYPE = "bfloat16"
 _SAMPLE_S = 0.01
-_NODE_S = 60.0  # for a second node to start
+_NODE_S = 60.0  # for a second node to start, or to end
 _FAR = "far"  # its resource
 _COPIED_BLOCK = 1 << 29  # bytes
 _ALONE_BYTES = 20 << 26
@@ -360,7 +360,7 @@ def _far_node(store: int) -> Iterator[None]:
         yield
     finally:
         node.terminate()
-        node.wait()
+        node.wait(_NODE_S)
 
 
 @contextmanager
