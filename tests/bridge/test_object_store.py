@@ -274,28 +274,30 @@ class Process:
 
 
 @contextlib.contextmanager
-def ray_node(scratch, environment, *arguments):
-    """A Ray node, as `ray start` on the command line makes it."""
+def ray_node(log, environment, *arguments):
+    """A Ray node, as `ray start` on the command line makes it; `log`: where it writes."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments]
     command += [f"--object-store-memory={128 << 20}", "--node-ip-address=127.0.0.1"]
-    log = (scratch.parent / f"{scratch.name}-{len(arguments)}.log").open("w")
-    node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 90
-    while "Ray runtime started" not in Path(log.name).read_text():
-        assert node.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
-        time.sleep(0.1)
-    yield
-    node.terminate()
+    with log.open("w") as file:
+        node = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
-        node.wait(3.0)
-    except subprocess.TimeoutExpired:  # it waits for 14 s if its raylet is gone
-        node.kill()
-        node.wait()
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        node.terminate()
+        try:
+            node.wait(3.0)
+        except subprocess.TimeoutExpired:  # it waits for 14 s if its raylet is gone
+            node.kill()
+            node.wait()
 
 
 @pytest.fixture
 def cluster(tmp_path_factory):
-    """(address, environment, directory) of a Ray of its own."""
+    """(address, environment, directory for logs) of a Ray of its own."""
     environment = dict(os.environ)
     if Path("~/.ray/auth_token").expanduser().exists():  # Ray asks for it where there is one
         environment["RAY_AUTH_MODE"] = "token"
@@ -303,8 +305,9 @@ def cluster(tmp_path_factory):
         port = free.getsockname()[1]
     scratch = tmp_path_factory.mktemp("r")
     head = ["--head", f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=4"]
-    with ray_node(scratch, environment, *head, "--include-dashboard=false"):
-        yield f"127.0.0.1:{port}", environment, scratch
+    logs = tmp_path_factory.mktemp("logs")
+    with ray_node(logs / "head", environment, *head, "--include-dashboard=false"):
+        yield f"127.0.0.1:{port}", environment, logs
 
 
 def test_two_processes_put_and_a_third_maps_what_they_put(cluster):
@@ -327,9 +330,9 @@ def test_two_processes_put_and_a_third_maps_what_they_put(cluster):
 def test_buckets_are_on_another_node_before_their_version_is_whole(cluster):
     """Where the one before was fetched, whoever put them. Versions get there without, too: the
     relay is killed after version 2, and the node after version 4."""
-    address, environment, scratch = cluster
+    address, environment, logs = cluster
     far = [f"--address={address}", "--num-cpus=1", '--resources={"far": 1}']
-    with ray_node(scratch, environment, *far):
+    with ray_node(logs / "far", environment, *far):
         publisher = Process(PUBLISHES_AFAR, environment, address)
         try:
             for what in (

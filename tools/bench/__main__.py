@@ -63,7 +63,7 @@ def main() -> int:
     add("--far", action="store_true", help="publish: workers on a Ray node of their own")
     add(
         "--device-gbs",
-        type=float,
+        type=_rate,
         metavar="GB/S",
         help="publish: parameters come to the host no faster than this",
     )
@@ -148,6 +148,13 @@ def main() -> int:
     except UserError as error:
         print(f"tools.bench: {error}", file=sys.stderr)
         return 2
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not rate > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return rate
 
 
 def _count(text: str) -> int:

@@ -144,8 +144,17 @@ def bench_publish(
             _channel_alone(name, exporter, params.now, channel, actors[0], repeat)
         for encoding in ("full", "delta"):
             with _cluster(nbytes, workers, far) as actors, _channel(name) as channel:
-                paced = functools.partial(_paced, gbs=device_gbs)
-                _publishes(name, encoding, exporter, params, channel, actors, repeat, copy, paced)
+                _publishes(
+                    name,
+                    encoding,
+                    exporter,
+                    params,
+                    channel,
+                    actors,
+                    repeat,
+                    copy,
+                    device_gbs,
+                )
 
 
 class Trained:
@@ -192,7 +201,7 @@ def _publishes(
     actors: list[Any],
     repeat: int,
     copy: Callable[[], Any],
-    paced: Callable[[Groups], Groups],
+    device_gbs: float | None,
 ) -> None:
     encoder, shadow = Encoder(encoding, anchor_every=1 << 30), Shadow()
     seconds: dict[str, list[float]] = {"ship": [], "stage": [], "whole": []}
@@ -201,7 +210,7 @@ def _publishes(
     for version in range(repeat + _WARM_UP):
         params.update()
         copies.append(timed(copy))  # beside each version: the machine's speed drifts
-        groups = paced(exporter.groups(params.now))
+        groups = _paced(exporter.groups(params.now), device_gbs)
         with _peak(grown, held):
             start = time.perf_counter()
             manifest, ticket = send(groups, exporter, channel, encoder, shadow, version)
@@ -355,7 +364,10 @@ def _far_node(store: int) -> Iterator[None]:
         end = time.monotonic() + _NODE_S
         while _FAR not in ray.cluster_resources():
             if node.poll() is not None or time.monotonic() > end:
-                raise RunError(f"`{' '.join(command)}` made no second node within {_NODE_S:g} s")
+                raise RunError(
+                    f"`{' '.join(command)}` made no second Ray node, and has ended or taken more "
+                    f"than {_NODE_S:g} s; what it prints without --block says why"
+                )
             time.sleep(0.1)
         yield
     finally:
