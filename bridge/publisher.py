@@ -172,7 +172,8 @@ class Sent:
 
     def again(self, deadline_s: float) -> Ticket:
         """For a second attempt: of the same version, whole, in the fallback if there is one. Who
-        asks first puts it there, and what comes of that is for all.
+        asks first puts it there, and what comes of that is for all who ask meanwhile or later,
+        unless it could not be put: then the next tries again.
 
         Raises:
           ChannelError, WireError, DeltaError: it could not be had from its own channel, or not be
@@ -181,9 +182,11 @@ class Sent:
         if self.fallback is None:
             return self.ticket
         with self._asking:
-            self._resent = self._resent or begun(self._resend, self.fallback, deadline_s)
+            resent = self._resent
+            if resent is None or (resent.done() and resent.exception()):
+                resent = self._resent = begun(self._resend, self.fallback, deadline_s)
         try:
-            return self._resent.result(deadline_s)
+            return resent.result(deadline_s)
         except TimeoutError as error:
             raise ChannelError(
                 f"weight version {self.ticket.version} was not there within {deadline_s:.3g} s"
@@ -468,6 +471,7 @@ class Publisher:
         if not (fetch_s := transaction.left(_FETCH_SHARE) / 2):
             raise first
         try:
+            self._channel.refresh()
             ticket = sent.again(fetch_s)
             fetch_s = transaction.left(_FETCH_SHARE) / 2
             self._engines.stage(name, ticket, fetch_s, transaction.left(), sent.expected)

@@ -132,7 +132,7 @@ class Receiver:
             yield self._own
         elif node is not None:
             self._note(manifest, "theirs was not free in time, or not what it should be")
-        self._own = Copy(manifest)
+        self._own = _copy(manifest)
         if node is not None and manifest.base is not None:
             if node.lock(manifest.base, 0.0) == "read":
                 self._own.fill(node)
@@ -192,18 +192,37 @@ class Receiver:
         held = copy.held
         if held is not None:
             try:
-                return self._written(copy, _chain(held, newest, ticket, end))
+                return self._written(copy, newest, _before(held, newest[0], ticket, end), end)
             except (delta.DeltaError, wire.WireError):
                 pass  # what is held is not what it says it is: from the beginning, then
-        return self._written(copy, _chain(None, newest, ticket, end))
+        return self._written(copy, newest, _before(None, newest[0], ticket, end), end)
 
-    def _written(self, copy: Copy, chain: Sequence[Fetched]) -> tuple[int, str]:
-        newest, _ = chain[-1]
-        with copy.writing(_as_base(newest)) as arrays:
-            for manifest, data in chain:
-                _write(manifest, data, arrays, copy.layout)
-            digest = self._prove(newest, _in_order(newest, copy.tensors()))
-        return sum(manifest.nbytes for manifest, _ in chain), digest
+    def _written(
+        self, copy: Copy, newest: Fetched, before: Sequence[Ticket], end: float
+    ) -> tuple[int, str]:
+        """Writes the versions `before`, each of which is there only meanwhile, and the newest."""
+        manifest, data = newest
+        nbytes = manifest.nbytes
+        with copy.writing(_as_base(manifest)) as arrays:
+            for ticket in before:
+                fetched = channels.fetch(ticket, max(0.0, end - time.monotonic()))
+                _write(*fetched, arrays, copy.layout)
+                nbytes += fetched[0].nbytes
+                del fetched
+            _write(manifest, data, arrays, copy.layout)
+            digest = self._prove(manifest, _in_order(manifest, copy.tensors()))
+        return nbytes, digest
+
+
+def _copy(manifest: Manifest) -> Copy:
+    try:
+        return Copy(manifest)
+    except (OSError, OverflowError) as error:
+        nbytes = sum(entry.size for entry in manifest.tensors)
+        raise ChannelError(
+            f"weight version {manifest.version}: there is no memory for its {nbytes} bytes in this "
+            f"process: {error}"
+        ) from error
 
 
 def _as_base(manifest: Manifest) -> Base:
@@ -240,12 +259,14 @@ def _write(
             np.copyto(arrays[entry.name], data)
 
 
-def _chain(held: Base | None, newest: Fetched, ticket: Ticket, end: float) -> list[Fetched]:
-    """The versions from what is held, or from one that needs no other, up to the newest."""
-    chain = [newest]
-    while (base := chain[-1][0].base) not in (None, held):
+def _before(held: Base | None, newest: Manifest, ticket: Ticket, end: float) -> list[Ticket]:
+    """Those of the versions from what is held, or from one that needs no other, to the newest."""
+    found: list[Ticket] = []
+    manifest = newest
+    while (base := manifest.base) not in (None, held):
         if base.version >= ticket.version:  # checked by the wire too: a chain has an end
             raise ChannelError(f"weight version {ticket.version} is based on {base.version}")
         ticket = channels.earlier(ticket, base)
-        chain.append(channels.fetch(ticket, max(0.0, end - time.monotonic())))
-    return chain[::-1]
+        manifest = channels.fetch_manifest(ticket, max(0.0, end - time.monotonic()))
+        found.append(ticket)
+    return found[::-1]

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,7 +249,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         raise DamageError(f"{INDEX}: damaged: has no weight_map of tensor names to file names")
     for name, file in index.items():
         # A link may lead elsewhere, as those of the hub's cache do; a name may not.
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+", file):
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0\ud800-\udfff]+", file):
             raise DamageError(f"{INDEX}: {name}: damaged: {file!r} is not the name of a file here")
     if single and SINGLE not in index.values():
         raise DamageError(
@@ -275,8 +276,7 @@ def _object(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise DamageError(f"{twice!r} is there twice")
         return found
 

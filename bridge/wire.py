@@ -136,7 +136,8 @@ class Manifest:
 
     def check(self) -> None:
         """Raises WireError unless the entries tile the buckets and agree with the digest."""
-        if self.nbytes > MAX_BYTES:
+        sizes = [entry.size for entry in self.tensors if entry.dtype in ITEM_BYTES]
+        if max(self.nbytes, sum(sizes)) > MAX_BYTES:
             raise WireError(f"version {self.version}: promises more than {MAX_BYTES} bytes")
         if self.base is not None and self.base.version >= self.version:
             raise WireError(f"version {self.version}: cannot be based on {self.base.version}")

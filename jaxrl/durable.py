@@ -10,6 +10,7 @@ It is whole while no byte differs, no file is missing and none was added.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -133,8 +134,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _replace(target: Path, new: Path) -> None:
-    old = target.with_name(f"{TEMPORARY}removed.{target.name}")
-    remove(old)
+    old = _unused(target)
     if os.path.lexists(target):
         target.rename(old)
     try:
@@ -144,7 +144,19 @@ def _replace(target: Path, new: Path) -> None:
             old.rename(target)
         raise
     sync_directory(target.parent)
-    remove(old)
+    with contextlib.suppress(OSError):  # the new one is there, whatever becomes of the old one
+        remove(old)
+
+
+def _unused(target: Path) -> Path:
+    """A temporary name for what is to be removed. What could not be removed earlier keeps its."""
+    old = target.with_name(f"{TEMPORARY}removed.{target.name}")
+    for number in itertools.count(2):
+        with contextlib.suppress(OSError):
+            remove(old)
+            break
+        old = old.with_name(f"{TEMPORARY}removed.{number}.{target.name}")
+    return old
 
 
 def make_directory(path: Path) -> None:

@@ -235,12 +235,14 @@ def test_a_value_of_the_wrong_type_or_size_is_named_with_its_key(tmp_path, key, 
         ("s3://key:secret@host/run", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
         ("s3://bucket/run?key=secret", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
         ("cache::s3://bucket/run", "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN"),
+        ("s3://bucket/lr=[1]", "publish.shuttle_dir = s3://bucket/lr=[1]: no part of it"),
+        ("s3://bucket/../run", "publish.shuttle_dir = s3://bucket/../run: no part of it"),
     ],
 )
 def test_a_shuttle_has_no_secret_in_its_url(tmp_path, where, problem):
     (found,) = problems(tmp_path, tree(publish__shuttle_dir=where))
     assert found.startswith(problem) and "secret" not in found
-    for fine in ("s3://bucket/run", "gs://bucket", "/weights@new?"):
+    for fine in ("s3://bucket/run", "gs://bucket", "/weights@new?", "s3://b/run..2", "../w[1]"):
         assert load_tree(tmp_path, tree(publish__shuttle_dir=fine)).publish.shuttle_dir == fine
 
 

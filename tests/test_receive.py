@@ -308,3 +308,30 @@ def test_a_delta_that_lies_about_its_base_is_refused_by_the_wire(tmp_path):
         with pytest.raises(WireError):
             type(manifest).from_json(harmed.to_json())
     assert type(manifest).from_json(manifest.to_json()) == manifest
+
+
+def test_one_version_of_a_chain_is_open_at_a_time(tmp_path, monkeypatch):
+    """Each mapped bucket is an open file of the process."""
+    trainer, opened = Trainer(tmp_path, keep=12), []
+    tickets = [trainer.publish() for _ in range(12)]
+    real = channels.fetch
+
+    def fetch(ticket, deadline_s):
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines()]
+        opened.append(sum("/v0000" in line for line in mapped))
+        return real(ticket, deadline_s)
+
+    monkeypatch.setattr(channels, "fetch", fetch)
+    assert arrived(Receiver(shared=False), tickets[-1]) == trainer.bytes()
+    assert len(opened) == 12 and 0 < max(opened) <= 2 * 3  # buckets: the newest, and one more
+
+
+def test_no_memory_for_a_copy_is_an_error_that_says_so(tmp_path, monkeypatch):
+    ticket = Trainer(tmp_path).publish()
+
+    def refuse(manifest):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("bridge.receive.Copy", refuse)
+    with pytest.raises(ChannelError, match=r"version 1: there is no memory for its \d+ bytes"):
+        Receiver(shared=False).receive(ticket, DEADLINE_S)

@@ -211,7 +211,8 @@ def open_published(path: Path) -> Inventory:
 
 def _patched(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The tensors of a version that lies there as deltas, made as an engine makes them."""
-    ticket = Ticket(shuttle.NAME, manifest.version, manifest.digest, str(path.absolute()))
+    where = str(shuttle.full_path(path))
+    ticket = Ticket(shuttle.NAME, manifest.version, manifest.digest, where)
     try:
         received = Receiver(shared=False).receive(ticket, deadline_s=0.0)
     except (ChannelError, DeltaError, WireError) as error:

@@ -9,11 +9,13 @@ channel it has: a new channel is one file here and one row in `_FETCHERS`.
 Both ends load this package: no jax, no torch, and ray only where the object store is used.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +24,8 @@ from bridge.wire import Base, Manifest, TensorEntry, WireError
 from jaxrl.types import RunError
 
 # Channel name -> the module whose `fetch(ticket, deadline_s)` reads what that channel publishes,
-# and whose `address_of(address, version)` makes of one version's address another's.
+# `fetch_manifest` only what a version is said to be, and `address_of(address, version)` makes of
+# one version's address another's.
 _FETCHERS = {
     "object_store": "bridge.channels.object_store",
     "shuttle": "bridge.channels.shuttle",
@@ -52,7 +55,7 @@ class Ticket:
         try:
             raw = json.loads(text)
             ticket = Ticket(**raw)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ChannelError(f"not a weight ticket: {error}") from error
         types = {field.name: field.type for field in dataclasses.fields(Ticket)}
         for name, kind in types.items():
@@ -116,6 +119,8 @@ class Channel(ABC):
             raise ValueError(f"keep_versions = {keep_versions}: the newest version must be kept")
         self._keep = keep_versions
         self._pinned: set[int] = set()
+        self._begun: set[int] = set()
+        self._publishing = threading.Lock()
 
     def pin(self, version: int) -> None:
         """Keeps `version`, if it is there or will be, however many come after it."""
@@ -133,20 +138,46 @@ class Channel(ABC):
     def close(self) -> None:
         """Releases what only this process holds. Tickets may stop working."""
 
+    def refresh(self) -> None:
+        """Makes versions readable again that should be, and are not any more, if it can.
+
+        Raises:
+          ChannelError: it could not.
+        """
+        return None
+
+    def _check_number(self, version: int, there: Collection[int], where: str) -> None:
+        """Raises ChannelError unless `version` can join those that are `there` already: it is a new
+        one, and none of another run, which would be kept in its place, has a higher number."""
+        if version in there:
+            raise ChannelError(
+                f"weight version {version} exists at {where}, and a version is never rewritten; "
+                "publish a higher number"
+            )
+        if later := [other for other in there if other > version and other not in self._begun]:
+            raise ChannelError(
+                f"weight version {version} cannot be published at {where}, which holds version "
+                f"{max(later)} of another run; give each run a publish.shuttle_dir of its own, or "
+                "empty that one if its run is over"
+            )
+        self._begun.add(version)
+
     def publish(self, manifest: Manifest, buckets: Sequence[Sequence[np.ndarray]]) -> Ticket:
-        """Stores a version that is all in memory; see `wire.pack`.
+        """Stores a version that is all in memory; see `wire.pack`. Of several threads one at a
+        time.
 
         Raises:
           ChannelError: nothing was stored, and versions published before are as they were
             or were dropped because they were the oldest.
         """
-        shipment = self.begin(manifest.version, len(buckets), manifest.nbytes)
-        try:
-            for index, data in enumerate(buckets):
-                shipment.put([e for e in manifest.tensors if e.bucket == index], data)
-            return shipment.finish(manifest)
-        finally:
-            shipment.abort()
+        with self._publishing:
+            shipment = self.begin(manifest.version, len(buckets), manifest.nbytes)
+            try:
+                for index, data in enumerate(buckets):
+                    shipment.put([e for e in manifest.tensors if e.bucket == index], data)
+                return shipment.finish(manifest)
+            finally:
+                shipment.abort()
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
@@ -159,17 +190,34 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
     Raises:
       ChannelError: the version is not there within `deadline_s`, or is not the ticket's.
     """
-    channel = _receiving(ticket)
+    with _plain_errors(ticket):
+        manifest, data = _receiving(ticket).fetch(ticket, deadline_s)
+    return _proven(ticket, manifest), data
+
+
+def fetch_manifest(ticket: Ticket, deadline_s: float) -> Manifest:
+    """The manifest alone; see `fetch`."""
+    with _plain_errors(ticket):
+        manifest = _receiving(ticket).fetch_manifest(ticket, deadline_s)
+    return _proven(ticket, manifest)
+
+
+@contextlib.contextmanager
+def _plain_errors(ticket: Ticket) -> Iterator[None]:
     try:
-        manifest, data = channel.fetch(ticket, deadline_s)
-    except WireError as error:
+        yield
+    except (WireError, UnicodeDecodeError) as error:
         raise ChannelError(f"weight version {ticket.version}: {error}") from error
+
+
+def _proven(ticket: Ticket, manifest: Manifest) -> Manifest:
+    """Raises ChannelError unless it is the ticket's."""
     if (manifest.version, manifest.digest) != (ticket.version, ticket.digest):
         raise ChannelError(
             f"weight version {ticket.version}, digest {ticket.digest[:16]}…, was announced, and "
             f"{ticket.channel} holds version {manifest.version}, digest {manifest.digest[:16]}…"
         )
-    return manifest, data
+    return manifest
 
 
 def join(invitation: str) -> Shipment:

@@ -30,7 +30,7 @@ from bridge.wire import Manifest, TensorEntry
 
 NAME = "cloud"
 _BEGUN = "begun"  # an object of a version on its way: other processes of the publisher look for it
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^?#]+")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^?#*\[\]]+")
 _THREADS = 8  # requests of a fetch at a time
 _RANGE = 16 << 20  # bytes of a request
 _POLL_S = 0.5
@@ -47,8 +47,8 @@ def open_shuttle(where: str, keep_versions: int) -> Channel:
 
 
 class CloudChannel(Channel):
-    """Writes versions under the URL `root`, and removes old ones there, those of earlier runs
-    too."""
+    """Writes versions under the URL `root`, which belongs to one run, and removes old ones there;
+    see `ShuttleChannel`."""
 
     def __init__(self, root: str, keep_versions: int = 2):
         super().__init__(keep_versions)
@@ -58,7 +58,7 @@ class CloudChannel(Channel):
         """See `Channel.begin`. Removes what a publisher that was killed left behind."""
         url = f"{self._root}/{directory_name(version)}"
         shipment = CloudShipment(url, version, buckets, self._keep, self._pinned)
-        shipment.begin()
+        shipment.begin(lambda there: self._check_number(version, there, self._root))
         return shipment
 
     def close(self) -> None:
@@ -76,15 +76,12 @@ class CloudShipment:
         self._files, self._directory = _open(url, version)
         self._done = False
 
-    def begin(self) -> None:
+    def begin(self, check: Callable[[Collection[int]], None]) -> None:
+        """`check`: of the versions that are there."""
         root = self._directory.rpartition("/")[0]
         with self._plain_errors():
             versions = _versions(self._files, root)
-            if MANIFEST in versions.get(self._version, ()):
-                raise ChannelError(
-                    f"weight version {self._version} exists at {self._url}, and a version is never "
-                    "rewritten; publish a higher number"
-                )
+            check([version for version, names in versions.items() if MANIFEST in names])
             for version, names in versions.items():
                 if MANIFEST not in names:
                     _remove(self._files, f"{root}/{directory_name(version)}")
@@ -166,14 +163,27 @@ def join(invitation: dict[str, Any]) -> CloudShipment:
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
     """See `bridge.channels.fetch`. The arrays are memory of this process, one block a bucket."""
+    with _Reader(ticket, deadline_s) as reader:
+        return reader.read()
+
+
+def fetch_manifest(ticket: Ticket, deadline_s: float) -> Manifest:
+    """See `bridge.channels.fetch_manifest`."""
+    with _Reader(ticket, deadline_s) as reader:
+        return reader.manifest()
+
+
+def _check_address(ticket: Ticket) -> None:
     root, _, name = ticket.address.rpartition("/")
-    if not _URL.fullmatch(root) or ".." in root or name != directory_name(ticket.version):
+    if (
+        not _URL.fullmatch(root)
+        or ".." in root.split("/")
+        or name != directory_name(ticket.version)
+    ):
         raise ChannelError(
             f"weight version {ticket.version}: its ticket names {ticket.address!r}, which is not "
             f"a URL that ends in {directory_name(ticket.version)}"
         )
-    with _Reader(ticket, deadline_s) as reader:
-        return reader.read()
 
 
 def address_of(address: str, version: int) -> str:
@@ -185,6 +195,7 @@ class _Reader:
     """One fetch: ranges of objects read by a few threads, each tried again until the deadline."""
 
     def __init__(self, ticket: Ticket, deadline_s: float):
+        _check_address(ticket)
         self._where = f"weight version {ticket.version}: {ticket.address}"
         self._files, self._directory = _open(ticket.address, ticket.version)
         self._deadline_s, self._end = deadline_s, time.monotonic() + deadline_s
@@ -200,9 +211,12 @@ class _Reader:
         self._left.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def read(self) -> tuple[Manifest, list[np.ndarray]]:
+    def manifest(self) -> Manifest:
         (text,) = self._together([self._manifest])
-        manifest = Manifest.from_json(text.decode())
+        return Manifest.from_json(text.decode())
+
+    def read(self) -> tuple[Manifest, list[np.ndarray]]:
+        manifest = self.manifest()
         (sizes,) = self._together([lambda: self._tried(self._sizes)])
         files, sections, ranges = layout.entries_by_file(manifest), [], []
         for (name, entries), nbytes in zip(files.items(), manifest.bucket_bytes, strict=True):
@@ -298,8 +312,13 @@ def _open(url: str, version: int) -> tuple[Any, str]:
     """The filesystem of a URL, and the path in it. Reaches for no network.
 
     Raises:
-      ChannelError: a package is missing here, or no package knows such URLs.
+      ChannelError: a package is missing here, no package knows such URLs, or it is a pattern.
     """
+    if not _URL.fullmatch(url):
+        raise ChannelError(
+            f"weight version {version}: {url} cannot be used: a URL here holds none of ?, #, *, [ "
+            "and ], which storages take for patterns or options"
+        )
     try:
         import fsspec
 
@@ -334,4 +353,4 @@ def _remove(files: Any, directory: str) -> None:
     """The manifest first, so that nobody begins to read half a version."""
     with contextlib.suppress(FileNotFoundError):
         files.rm_file(f"{directory}/{MANIFEST}")
-    files.rm(directory, recursive=True)
+    files.rm(directory, recursive=True)  # it would take a name for a pattern; see `_URL`

@@ -87,7 +87,7 @@ def data_section(
         )
     try:
         header = json.loads(file[8:start].tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChannelError(f"{where} has a header that is not JSON") from error
     if header != _header(entries):
         raise ChannelError(f"{where} has a header that does not describe the manifest's tensors")

@@ -86,6 +86,10 @@ class Shelf:
         self._relays = {node: alive.get(node) or _relay(node) for node in nodes}
         return sorted(self._refs), bool(nodes)
 
+    def versions(self) -> list[int]:
+        """Those that there are."""
+        return sorted(self._refs)
+
     def add(self, version: int, bucket: int, refs: list[Any]) -> None:
         self._coming.setdefault(version, {})[bucket] = refs[0]
         for node, (relay, _) in self._relays.items():
@@ -172,6 +176,12 @@ class ObjectStoreChannel(Channel):
         self._nbytes[version] = nbytes
         gcs = ray.get_runtime_context().gcs_address
         return ObjectStoreShipment(version, {"gcs": gcs, "shelf": self._name}, self)
+
+    def refresh(self) -> None:
+        """See `Channel.refresh`. The shelf may have been killed."""
+        if self._refs:
+            with _plain_errors(max(self._refs), "made readable again"):
+                self._refill(self._asked("versions"))
 
     def announce(self, version: int, bucket: int, ref: Any) -> None:
         """Has a bucket brought to where versions are read. Does not wait."""
@@ -279,6 +289,19 @@ def join(invitation: dict[str, Any]) -> ObjectStoreShipment:
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:
     """See `bridge.channels.fetch`. The arrays are views of shared memory and keep it alive."""
+    text, *buckets = _taken(ticket, deadline_s, whole=True)
+    manifest = Manifest.from_json(text)
+    return manifest, list(_cut(manifest, itertools.chain.from_iterable(buckets)))
+
+
+def fetch_manifest(ticket: Ticket, deadline_s: float) -> Manifest:
+    """See `bridge.channels.fetch_manifest`."""
+    (text,) = _taken(ticket, deadline_s, whole=False)
+    return Manifest.from_json(text)
+
+
+def _taken(ticket: Ticket, deadline_s: float, whole: bool) -> list[Any]:
+    """The manifest's text, and of a `whole` version what is in each bucket."""
     try:
         address = json.loads(ticket.address)
         gcs, name = str(address["gcs"]), str(address["shelf"])
@@ -291,29 +314,30 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
         left = max(0.0, end - time.monotonic())
         share = max(_ATTEMPT_S, left / (_ATTEMPTS + 1 - attempt))
         try:
-            text, *buckets = _get(ticket.version, gcs, name, min(left, share))
-            break
+            return _get(ticket.version, gcs, name, min(left, share), whole)
         except (RayError, ConnectionError, ValueError) as error:
             again = isinstance(error, _TRANSIENT) and attempt < _ATTEMPTS
             if not again or time.monotonic() + _PAUSE_S >= end:
                 raise _explained(error, ticket.version, gcs, deadline_s, attempt) from error
         time.sleep(_PAUSE_S)
-    manifest = Manifest.from_json(text)
-    return manifest, list(_cut(manifest, itertools.chain.from_iterable(buckets)))
 
 
-def _get(version: int, gcs: str, name: str, timeout_s: float) -> list[Any]:
-    """The manifest's text, and what is in each bucket; what came for an attempt that timed out is
-    still on this node unless Ray needed its place."""
+def _get(version: int, gcs: str, name: str, timeout_s: float, whole: bool) -> list[Any]:
+    """What came for an attempt that timed out is still on this node unless Ray needed its place."""
     end = time.monotonic() + timeout_s
     shelf, node = _shelf(gcs, name), ray.get_runtime_context().get_node_id()
     refs, there = ray.get(shelf.take.remote(version, node), timeout=timeout_s)
     if refs is None:
+        why = (
+            "keep more versions, or stage sooner"
+            if there
+            else "what hands them out was killed, and gets them back from the trainer"
+        )
         raise ChannelError(
             f"weight version {version} is not in the object store any more: it holds versions "
-            f"{there}; keep more versions, or stage sooner"
+            f"{there}; {why}"
         )
-    return ray.get(refs, timeout=max(0.0, end - time.monotonic()))
+    return ray.get(refs if whole else refs[:1], timeout=max(0.0, end - time.monotonic()))
 
 
 def _explained(

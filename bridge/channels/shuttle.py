@@ -2,7 +2,7 @@
 
 A version is laid out as `bridge.channels.layout` says. Everything is written under a temporary
 name, fsynced, and renamed last: a directory under its final name is complete and is never written
-again. A directory has one publisher; many may read.
+again. A directory belongs to one run, which has one publisher; many may read.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,9 +25,14 @@ NAME = "shuttle"
 _TEMPORARY = ".partial-"  # a name that no reader takes for a version
 _POLL_S = 0.05
 
+T = TypeVar("T")
+
 
 class ShuttleChannel(Channel):
-    """Writes versions under `root`, and removes old ones there, those of earlier runs too.
+    """Writes versions under `root`, and removes old ones there.
+
+    A directory belongs to one run, whose versions only grow, also when it is resumed: the newest
+    are kept, by number.
 
     On a network filesystem a removed file disappears under a reader that has it mapped: keep at
     least the version being served and the one being staged.
@@ -35,7 +40,7 @@ class ShuttleChannel(Channel):
 
     def __init__(self, root: Path, keep_versions: int = 2):
         super().__init__(keep_versions)
-        self._root = Path(root).absolute()
+        self._root = full_path(Path(root))
 
     def begin(self, version: int, buckets: int, nbytes: int) -> "ShuttleShipment":
         """See `Channel.begin`."""
@@ -44,11 +49,7 @@ class ShuttleChannel(Channel):
         with shipment.plain_errors():
             self._root.mkdir(parents=True, exist_ok=True)
             self._clear_temporaries()
-            if final.exists():
-                raise ChannelError(
-                    f"weight version {version} exists at {final}, and a version is never "
-                    "rewritten; publish a higher number"
-                )
+            self._check_number(version, set(_versions(self._root)), str(self._root))
             shipment.partial.mkdir()
         return shipment
 
@@ -56,9 +57,9 @@ class ShuttleChannel(Channel):
         """Nothing is held; published versions stay."""
 
     def _clear_temporaries(self) -> None:
-        """Removes what a publisher that was killed left behind."""
+        """Removes what a publisher that was killed left behind; what cannot be removed stays."""
         for leftover in self._root.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class ShuttleShipment:
@@ -107,11 +108,7 @@ class ShuttleShipment:
             raise ChannelError(self._explain(error)) from error
 
     def _drop_old(self) -> None:
-        versions = {
-            int(match[1]): path
-            for path in self._final.parent.iterdir()
-            if (match := VERSION_DIR.fullmatch(path.name))
-        }
+        versions = _versions(self._final.parent)
         bases = {version: _base(path) for version, path in versions.items()}
         for version in versions.keys() - live(bases, self._keep, self._pinned):
             old = versions[version]
@@ -131,6 +128,11 @@ class ShuttleShipment:
             f"{error.strerror or error}; it has {self._nbytes} bytes, {free} are free, and "
             f"{self._keep + 1} versions must fit; no reader can see it"
         )
+
+
+def full_path(path: Path) -> Path:
+    """As a ticket names it: from the root on and without "..", which is followed here."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def join(invitation: dict[str, Any]) -> ShuttleShipment:
@@ -153,11 +155,21 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
 
     Waits for files that are not there yet: a shared filesystem may show them late.
     """
+    return _read(ticket, deadline_s, _read_version)
+
+
+def fetch_manifest(ticket: Ticket, deadline_s: float) -> Manifest:
+    """See `bridge.channels.fetch_manifest`."""
+    return _read(ticket, deadline_s, _read_manifest)
+
+
+def _read(ticket: Ticket, deadline_s: float, read: Callable[[Path], T]) -> T:
+    """What `read` finds in the version's directory, once it is there."""
     directory = _version_directory(ticket)
     end = time.monotonic() + deadline_s
     while True:
         try:
-            return _read_version(directory)
+            return read(directory)
         except FileNotFoundError as error:
             if time.monotonic() >= end:
                 raise ChannelError(
@@ -173,6 +185,14 @@ def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]
 def address_of(address: str, version: int) -> str:
     """Versions lie beside each other."""
     return str(Path(address).with_name(directory_name(version)))
+
+
+def _versions(root: Path) -> dict[int, Path]:
+    return {
+        int(match[1]): path
+        for path in root.iterdir()
+        if (match := VERSION_DIR.fullmatch(path.name))
+    }
 
 
 def _base(directory: Path) -> int | None:
@@ -192,8 +212,12 @@ def _version_directory(ticket: Ticket) -> Path:
     return path
 
 
+def _read_manifest(directory: Path) -> Manifest:
+    return Manifest.from_json((directory / MANIFEST).read_text())
+
+
 def _read_version(directory: Path) -> tuple[Manifest, list[np.ndarray]]:
-    manifest = Manifest.from_json((directory / MANIFEST).read_text())
+    manifest = _read_manifest(directory)
     files = layout.entries_by_file(manifest)
     sections = []
     for (name, entries), nbytes in zip(files.items(), manifest.bucket_bytes, strict=True):

@@ -1,5 +1,7 @@
 """One contract for every channel, and what each must survive."""
 
+import dataclasses
+import errno
 import json
 import os
 import resource
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -164,7 +167,8 @@ def test_an_unknown_channel_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"channel":"shuttle","version":"1","digest":"","address":""}'],
+    ["", "[]", "{}", '{"channel":"shuttle","version":"1","digest":"","address":""}', "[" * 10**5],
+    ids=len,
 )
 def test_what_is_not_a_ticket_is_refused(text):
     with pytest.raises(ChannelError, match="not a weight ticket"):
@@ -397,3 +401,82 @@ def test_what_one_process_cannot_put_leaves_the_buckets_of_the_others(shuttle):
     for entries, data in zip(inside[1:], buckets[1:], strict=True):
         other.put(entries, data)
     assert_same(unpack(*channels.fetch(shipment.finish(manifest), DEADLINE_S)), weights(1))
+
+
+def another(channel):
+    """The same place, opened by another run."""
+    return type(channel)(channel._root, 2)
+
+
+@pytest.fixture(params=["shuttle", "cloud"])
+def place(request, tmp_path):
+    """A channel whose versions outlive it."""
+    if request.param == "shuttle":
+        return ShuttleChannel(tmp_path, keep_versions=2)
+    return CloudChannel(request.getfixturevalue("s3_url"), keep_versions=2)
+
+
+def test_a_place_where_another_run_has_later_versions_is_refused_and_left_alone(place):
+    tickets = [place.publish(*pack(version, version=version)) for version in (41, 42)]
+    with pytest.raises(ChannelError, match=r"version 1 cannot .* holds version 42 of another run"):
+        another(place).publish(*pack(1, version=1))
+    for version, ticket in zip((41, 42), tickets, strict=True):
+        assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(version))
+    ticket = another(place).publish(*pack(43, version=43))  # as a run that is resumed
+    assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(43))
+
+
+def test_a_fallback_takes_versions_in_any_order(place):
+    """The frozen weights may be asked for after later versions were."""
+    place.pin(1)
+    later, first = place.publish(*pack(5, version=5)), place.publish(*pack(1, version=1))
+    for version, ticket in ((5, later), (1, first)):
+        assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(version))
+
+
+def test_two_versions_published_at_the_same_time_both_arrive(place):
+    place.pin(1)
+    with ThreadPoolExecutor(2) as both:
+        tickets = list(both.map(lambda n: place.publish(*pack(n, version=n)), (1, 2)))
+    for version, ticket in zip((1, 2), tickets, strict=True):
+        assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(version))
+
+
+def test_a_directory_may_be_named_by_way_of_its_parent(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ticket = ShuttleChannel(Path("../weights")).publish(*pack(1, version=1))
+    assert ticket.address == str(tmp_path / "weights" / "v00000001")
+    assert_same(unpack(*channels.fetch(mail(ticket), 5.0)), weights(1))
+
+
+def test_what_cannot_be_removed_does_not_stop_the_next_versions(shuttle, monkeypatch):
+    """As a file on NFS that an engine on the same host has mapped."""
+    shuttle.publish(*pack(1, version=1))
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if "v00000001" in os.fspath(path) or str(path).endswith(".safetensors"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    tickets = [shuttle.publish(*pack(version, version=version)) for version in (2, 3, 4, 5)]
+    assert list(shuttle._root.glob(".partial-*")), "something could not be removed"
+    assert_same(unpack(*channels.fetch(tickets[-1], 5.0)), weights(5))
+
+
+def test_a_manifest_alone_is_proven_too(channel):
+    manifest, buckets = pack(1, version=1)
+    ticket = mail(channel.publish(manifest, buckets))
+    assert channels.fetch_manifest(ticket, 30.0) == manifest
+    with pytest.raises(ChannelError, match="version 1, digest 0000"):
+        channels.fetch_manifest(dataclasses.replace(ticket, digest="0" * 64), 30.0)
+
+
+def test_a_manifest_that_is_no_text_is_refused(shuttle):
+    ticket = shuttle.publish(*pack(1, version=1))
+    path = Path(ticket.address) / "manifest.json"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    with pytest.raises(ChannelError, match=r"weight version 1: .*utf-8"):
+        channels.fetch(ticket, 5.0)

@@ -350,6 +350,10 @@ DAMAGES = {
     "not UTF-8": (patch_bytes(lambda b: b[:12] + b"\xff" + b[13:]), FIRST),
     "not an object": (patch_header(lambda t: "[]"), FIRST),
     "too deep": (patch_header(lambda t: "[" * 100_000), FIRST),
+    "key twice, among many": (
+        patch_header(lambda t: "{" + ",".join(f'"{min(i, 99_998)}":1' for i in range(10**5)) + "}"),
+        "'99998' is there twice",
+    ),
     "key twice": (patch_header(move('"l.0.e.0.up"', '"embed.weight"')), "embed.weight"),
     "metadata": (patch_header(lambda t: '{"__metadata__": {"a": 1},' + t[1:]), "__metadata__"),
     "entry": (patch_header(move('"dtype"', '"etype"')), "embed.weight"),
@@ -373,7 +377,20 @@ DAMAGES = {
     "two files": (twice, f"{SECOND}: embed.weight: damaged: is also in {FIRST}"),
     "index of a gone file": (patch_index(lambda m: m.update({"norm.weight": "x"})), "x: damaged"),
 }
-for _name in ("../m", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", 5, None, ["a"]):
+for _name in (
+    "../m",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "\ud800",
+    5,
+    None,
+    ["a"],
+):
     DAMAGES[f"index names {_name!r}"] = (
         patch_index(lambda m, name=_name: m.update({"norm.weight": name})),
         "norm.weight",

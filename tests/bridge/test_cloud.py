@@ -425,3 +425,15 @@ def test_a_fetch_outlives_connections_that_are_cut(s3_url):
     assert elsewhere(READS, ticket.to_json(), AWS_ENDPOINT_URL=endpoint) == manifest.digest
     assert proxy.cuts > 2
     proxy.close()
+
+
+@pytest.mark.parametrize("name", ["lr=[1]", "a*", "a?b", "a#b"])
+def test_a_url_that_is_a_pattern_is_refused(s3_url, name):
+    """Where they remove whole directories, storages' clients remove all that match."""
+    with pytest.raises(ChannelError, match=r"version 1: .* cannot be used"):
+        CloudChannel(f"{s3_url}/{name}").publish(*pack(1, version=1))
+
+
+def test_a_name_may_hold_dots(s3_url):
+    ticket = CloudChannel(f"{s3_url}/run..2").publish(*pack(1, version=1))
+    assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(1))
