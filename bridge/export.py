@@ -103,7 +103,12 @@ class _Spent:
 
     def _unspent(self) -> list[tuple[Hashable, Stacks]]:
         """Those of which the runtime has made no use yet."""
-        return [one for one in self._kept if not any(a.is_deleted() for a in one[1].values())]
+        return [one for one in self._kept if not any(map(_is_used, one[1].values()))]
+
+
+def _is_used(array: jax.Array) -> bool:
+    """Whether any device's part was: where the host has a view of one's, only the others' are."""
+    return array.is_deleted() or any(s.data.is_deleted() for s in array.addressable_shards)
 
 
 class Exporter:

@@ -32,6 +32,7 @@ Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]
 Score = Callable[[Any, Sequence[int]], np.ndarray]  # (params, tokens) -> log-probs, float32 [t]
 _WRITERS = 2  # buckets on the host at a time: one is put while the next is hashed
 _RESENT_BUCKET_BYTES = 256 << 20
+_AGAIN_S = (5.0, 60.0)  # before an engine is welcomed again: the first time, and at most
 _NAMED = 8  # tensors, in a message
 # Of the time for a version: until then it must be fetched, or there is none left to load it in.
 _FETCH_SHARE = 0.8
@@ -259,6 +260,7 @@ class Publisher:
         self._frozen: Sent | None = None
         self._published = 0
         self._unchecked: set[str] = set()  # tensors that no examination could find
+        self._proven: set[str] = set()  # engines that were admitted once
         # What engines that come late are brought: None before the first version, and while the next
         # is shipped. The lock is held to look at it and to begin, never to wait.
         self._delivery: Delivery | None = None
@@ -303,17 +305,40 @@ class Publisher:
         """Brings an engine that came late to the version published last, and admits it.
 
         Does nothing where a publish sees to it: before the first, while a version is shipped, and
-        for an engine that has been offered that version. Never raises, but warns.
+        for an engine that has been offered that version. Never raises, but warns. One that could
+        not have it is offered it again, in the background, until the next is shipped: where it is
+        the only one there may be no next.
         """
         with self._door:
             delivery = self._delivery
             if delivery is None or name in delivery.under_way:
                 return
             under_way = self._offered(name, delivery)
+        if self._left_out(name, delivery, under_way):
+            begun(self._welcome_again, name, delivery)
+
+    def _welcome_again(self, name: str, delivery: Delivery) -> None:
+        pause, longest = _AGAIN_S
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+            with self._door:
+                if self._delivery is not delivery:
+                    return
+                del delivery.under_way[name]
+                under_way = self._offered(name, delivery)
+            if not self._left_out(name, delivery, under_way):
+                return
+
+    def _left_out(self, name: str, delivery: Delivery, under_way: Future[Transaction]) -> bool:
+        """Whether an engine that was offered a version could not have it, and still may."""
         if error := under_way.exception():
             self._warn(f"weight version {delivery.version} was not brought to {name}: {error!r}")
-        elif (transaction := under_way.result()).state is not State.ADMITTED:
+            return False
+        transaction = under_way.result()
+        if transaction.state is not State.ADMITTED:
             self._warn(f"weight version {delivery.version}: left out {transaction}")
+        return transaction.state is State.ABORTED
 
     def _await_last(self) -> None:
         """Until nothing is under way. Whatever is asked of an engine has a deadline."""
@@ -423,10 +448,11 @@ class Publisher:
                 self._load(Transaction(name, self._timeout_s), self._frozen)
             self._load(transaction, sent)
             self._compare(transaction, delivery.logprobs)
-            if delivery.examine or (new and self._examine_every):
+            if delivery.examine or (self._examine_every and name not in self._proven):
                 self._examine(transaction, delivery.version)
             transaction.advance(State.ACKNOWLEDGED)
             self._engines.admit(name, delivery.version)
+            self._proven.add(name)
             transaction.advance(State.ADMITTED)
         except Unproven as error:
             self._engines.quarantine(name, str(error))
@@ -484,7 +510,9 @@ class Publisher:
     def _compare(self, transaction: Transaction, logprobs: Future[np.ndarray]) -> None:
         """The engine's log-probs on the probe prompt with the trainer's."""
         theirs = self._engines.score(transaction.name, self._probe, transaction.left())
+        began = time.monotonic()
         ours = logprobs.result()  # the trainer's own forward pass, which costs no engine its time
+        transaction.extend(time.monotonic() - began)
         if theirs.shape != ours.shape:
             raise Unproven("it gave no log-prob for each token of the probe prompt")
         difference = float(np.max(np.abs(theirs - ours)))

@@ -73,6 +73,10 @@ class Transaction:
         self.failed_in, self.why = self.state, why
         self.advance(to)
 
+    def extend(self, seconds: float) -> None:
+        """So long the engine was not to blame."""
+        self._announced += seconds
+
     def left(self, share: float = 1.0) -> float:
         """Seconds until this share of the time is over; not negative."""
         return max(0.0, self._announced + share * self.timeout_s - time.monotonic())

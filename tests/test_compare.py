@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ from bridge.wire import Base, HostTensor, manifest_of, xxh3
 from jaxrl.config import MeshSection
 from jaxrl.mesh import make_mesh, param_shardings
 from jaxrl.models.config import DecoderConfig, LoraConfig, MoeConfig
-from jaxrl.models.params import lora_specs, param_specs, tree_of
+from jaxrl.models.params import ParamSpec, lora_specs, param_specs, tree_of
 from jaxrl.models.rope import Rope
 from tests.test_hosts import QUICK, free_port
 
@@ -312,3 +313,24 @@ def test_two_processes_ship_what_one_would():
     taken = [a + b for a, b in zip(one_bytes, other_bytes, strict=True)]
     assert taken[0] == whole[0] < taken[2]
     assert max(taken[1], taken[3]) < 0.2 * whole[0]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 4, "fsdp": 2}], ids=str)
+def test_memory_of_which_the_host_still_looks_at_one_devices_part_is_not_used_again(
+    mesh, tmp_path, monkeypatch
+):
+    """The runtime gives the parts of the other devices away; to offer those again ends the process.
+    The host keeps a version that differences are taken from, as it came."""
+    monkeypatch.setattr("bridge.export._WORTH_BYTES", 1)
+    name = "model.layers.{layer}.mlp.down_proj.weight"
+    spec = ParamSpec((6, 32, 64), ("layers", "embed", "mlp"), "normal", name, 1)
+    specs = {("layers", "down"): spec}
+    trainer, weights = Trainer(tmp_path, specs, "host", bucket_bytes=1 << 13), Weights(specs, mesh)
+    receiver = Receiver()
+    for version in range(4):
+        params = weights.params()
+        whole = bytes_of(trainer.export(params))
+        assert arrived(receiver, trainer.publish(params, version)) == whole
+        leaf = weights.leaves["layers", "down"].astype(ml_dtypes.bfloat16)
+        assert whole == {name.format(layer=i): leaf[i].tobytes() for i in range(6)}
+        weights.step()

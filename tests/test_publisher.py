@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -712,3 +713,75 @@ def test_no_state_can_be_left_out_and_what_has_ended_stays_so():
     for state in State:
         with pytest.raises(ValueError, match="cannot follow lost"):
             transaction.advance(state)
+
+
+def test_a_late_engine_that_could_not_have_a_version_is_offered_it_again(monkeypatch):
+    """It may be the only one, and then no other version comes."""
+    monkeypatch.setattr("bridge.publisher._AGAIN_S", (0.05, 0.05))
+    publisher, fleet, warnings = make(a=FakeEngine())
+    publisher.publish(params(), 7)
+    late = FakeEngine("stage")
+    publisher.welcome(fleet.join("late", late))
+    assert fleet.serving == {"a": 7} and len(warnings) == 1
+    late.fault = ""
+    end = time.monotonic() + 20
+    while fleet.serving != {"a": 7, "late": 7} and time.monotonic() < end:
+        time.sleep(0.01)
+    assert fleet.serving == {"a": 7, "late": 7}
+    publisher.welcome(fleet.join("other", FakeEngine("stage")))
+    assert set(publisher.publish(params(1), 8).outcomes) == {"a", "late", "other"}
+    asked = list(fleet.asked["other"])
+    time.sleep(0.5)
+    assert fleet.asked["other"] == asked  # version 7 is not offered beside version 8
+
+
+@pytest.mark.parametrize("fault", ["score", "examine"])
+def test_an_engine_is_examined_until_it_was_admitted_once(fault):
+    class Late(FakeEngine):
+        def examine(self):
+            if self.fault == "examine":
+                raise EngineFailed("its model was not examined within 9 s")
+            return super().examine()
+
+    bad = Late(fault, wrong={"w": "row 1 is not what was sent"})
+    publisher, fleet, _ = make(examine_every=9, good=FakeEngine(), bad=bad)
+    publisher.publish(params(), 7)
+    bad.fault = ""
+    assert publisher.publish(params(1), 8).outcomes["bad"].state == "quarantined"
+    assert fleet.serving == {"good": 8} and fleet.asked["good"].count("examine") == 1
+
+
+def test_a_trainer_that_scores_late_costs_no_engine_its_time(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.TIMEOUT_S", 1.0)
+    publisher, fleet, warnings = make(examine_every=1, a=FakeEngine())
+
+    def score(*arguments):
+        time.sleep(1.5)  # as the first time, when it is compiled
+        return model(*arguments)
+
+    publisher._score = score
+    assert publisher.publish(params(), 7).engines == 1 and not warnings
+    assert fleet.serving == {"a": 7}
+
+
+def test_a_fallback_that_could_not_take_a_version_is_tried_again(tmp_path):
+    """The frozen weights are brought to every new engine of a run through it."""
+    publisher, fleet, warnings = make_with_fallback(tmp_path, good=FakeEngine())
+    publisher.publish_frozen(Export(), params(), EXPECTED, 3)
+    publisher.publish(params(), 4)
+    (tmp_path / "second").write_text("in the way")
+    publisher.welcome(fleet.join("first", FakeEngine("fetch")))
+    assert len(warnings) == 1 and "File exists" in warnings[0]
+    (tmp_path / "second").unlink()
+    publisher.welcome(fleet.join("other", FakeEngine("fetch")))
+    assert fleet.serving == {"good": 4, "other": 4}, warnings
+
+
+def test_what_hands_out_versions_is_asked_to_do_so_before_a_second_fetch():
+    publisher, fleet, warnings = make(a=FakeEngine("stage"))
+
+    def refresh():
+        fleet.engines["a"].fault = ""
+
+    publisher._channel.refresh = refresh
+    assert publisher.publish(params(), 7).engines == 1 and not warnings

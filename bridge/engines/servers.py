@@ -273,7 +273,9 @@ class VllmServer:
     async def examine(self, deadline_s: float) -> dict[str, Any]:
         end = time.monotonic() + deadline_s
         try:
-            await self._call("bridge_begin_examination", None)
+            await self._call("bridge_begin_examination", None, deadline_s)
+            while set(await self._call("bridge_found")) != {"True"} and time.monotonic() < end:
+                await asyncio.sleep(_POLL_S)
             reports: list[Any] = [None]
             while None in reports and time.monotonic() < end:
                 reports = await self._call("bridge_examine", _EXAMINE_S)

@@ -362,7 +362,10 @@ class VllmEngine:
     async def _examined(self, end: float) -> list[Any]:
         """The workers' reports; None for one that was not ready at `end`."""
         config, reports = self._settings.lora, [None]
-        await self._llm.collective_rpc("bridge_begin_examination", args=(config,))
+        left = max(0.0, end - time.monotonic())
+        await self._llm.collective_rpc("bridge_begin_examination", args=(config, left))
+        while not all(await self._llm.collective_rpc("bridge_found")) and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
         while None in reports and time.monotonic() < end:
             reports = await self._llm.collective_rpc("bridge_examine", args=(_EXAMINE_S,))
         return reports

@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,15 @@ from vllm.platforms import current_platform
 
 from bridge import channels, torch_view, wire
 from bridge.engines.examine import Examination, renames
-from bridge.receive import Receiver
+from bridge.receive import Received, Receiver
+from bridge.transaction import begun
 
 ADAPTER_ID = 1  # vLLM's number for the one adapter; every request names it
 ADAPTER_PREFIX = "base_model.model."  # of every tensor's name in PEFT's files, and of no model's
 
 _LORA_NAME = re.compile(rf"{re.escape(ADAPTER_PREFIX)}.+\.lora_[AB]\.weight")
 
-# Decoding waits while a version is mapped that was received before: it is here, or it is gone.
+# For which decoding waits, at most, until a version that is not examined after all is let go.
 _REREAD_S = 0.5
 
 Expected = Sequence[Sequence[Any]]  # [[name, dtype, shape], ...]: what a version must hold
@@ -158,6 +160,8 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         self._kept = Receiver(prove)
         self._direct: set[torch.nn.Module] = set()  # see _load
         self._examination: Examination | None = None
+        self._reread: tuple[Receiver, Future[Received]] | None = None  # to be examined
+        self._config: dict[str, Any] | None = None
 
     def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
         pass
@@ -249,22 +253,46 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         if staged is not None:
             self.loaded = staged.loaded(time.perf_counter() - started)
 
-    def begin_examination(self, config: dict[str, Any] | None) -> None:
-        """Makes `examine` start with the version that was loaded last.
+    def begin_examination(self, config: dict[str, Any] | None, deadline_s: float) -> None:
+        """Has the version that was loaded last found again, for `examine`, in a thread: where
+        engines have no copy of it, all of it is fetched.
 
         Args:
           config: PEFT's adapter_config, where there are adapters.
 
         Raises:
-          NotHeld, ChannelError: there is nothing to compare the model with.
+          NotHeld: there is nothing to compare the model with.
         """
         if self._staged is not None:
             raise NotHeld(
                 f"weight version {self._staged.version} is staged beside the model, and is what "
                 "this process holds; commit or abort it, and examine then"
             )
-        received = self._kept.reread(_REREAD_S)
-        version = received.manifest.version
+        self._config = config
+        receiver, self._kept = self._kept, Receiver(prove)  # as in _begun
+        self._reread = receiver, begun(receiver.reread, deadline_s)
+
+    def found(self) -> bool:
+        """Whether `examine` can begin, or say why not."""
+        return self._reread is None or self._reread[1].done()
+
+    def examine(self, budget_s: float) -> dict[str, Any] | None:
+        """See Examination.work.
+
+        Raises:
+          NotHeld, ChannelError: there is nothing to compare the model with.
+        """
+        if self._examination is None:
+            assert self._reread is not None, "begin_examination comes first"
+            receiver, reread = self._reread
+            if not wait([reread], budget_s).done:
+                return None
+            self._reread, self._kept = None, receiver
+            self._examination = self._examination_of(reread.result())
+        return self._examination.work(budget_s)
+
+    def _examination_of(self, received: Received) -> Examination:
+        version, config = received.manifest.version, self._config
         if version != self.loaded.get("version"):
             self._kept.release()
             raise NotHeld(
@@ -275,18 +303,17 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         scaling = None
         if config and any(name.startswith(ADAPTER_PREFIX) for name, _ in tensors):
             scaling = PEFTHelper.from_dict(config).vllm_lora_scaling_factor
-        self._examination = Examination(self.model, version, tensors, scaling)
-
-    def examine(self, budget_s: float) -> dict[str, Any] | None:
-        """See Examination.work."""
-        assert self._examination is not None, "begin_examination comes first"
-        return self._examination.work(budget_s)
+        return Examination(self.model, version, tensors, scaling)
 
     def end_examination(self) -> None:
-        """Lets the version go, if one is examined."""
-        if self._examination is not None:
-            self._examination = None
-            self._kept.release()
+        """Lets the version go, if one is examined. One that is still fetched is left to its
+        thread."""
+        if self._reread is not None:
+            receiver, reread = self._reread
+            if wait([reread], _REREAD_S).done:
+                self._kept = receiver
+        self._examination = self._reread = None
+        self._kept.release()
 
     def drop(self) -> None:
         """Forgets what is staged, and lets its memory go."""
@@ -318,9 +345,13 @@ class BridgeWorker:
         """See BridgeWeightTransferEngine.load_adapter."""
         self.weight_transfer_engine.load_adapter(config)
 
-    def bridge_begin_examination(self, config: dict[str, Any] | None) -> None:
+    def bridge_begin_examination(self, config: dict[str, Any] | None, deadline_s: float) -> None:
         """See BridgeWeightTransferEngine.begin_examination."""
-        self.weight_transfer_engine.begin_examination(config)
+        self.weight_transfer_engine.begin_examination(config, deadline_s)
+
+    def bridge_found(self) -> bool:
+        """See BridgeWeightTransferEngine.found."""
+        return self.weight_transfer_engine.found()
 
     def bridge_examine(self, budget_s: float) -> dict[str, Any] | None:
         """See Examination.work."""

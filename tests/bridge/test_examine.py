@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.bridge.conftest import make_tiny
@@ -14,6 +17,7 @@ import torch
 
 from bridge.channels.shuttle import ShuttleChannel
 from bridge.engines.vllm import EngineError, EngineSettings
+from bridge.wire import HostTensor, pack
 from tests.bridge.forked_engine import ForkedEngines
 from tests.bridge.test_engine_families import make, publish
 from tests.bridge.test_engine_lora import Adapter, request, settings_for, stage
@@ -292,3 +296,60 @@ def test_no_two_columns_are_probed_alike():
     vectors = _vectors(4096)
     assert len(vectors.unique(dim=1).T) == 4096
     assert torch.equal(vectors, vectors.bfloat16().float()) and vectors.abs().max() < 2
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """(what loads weights in vLLM's process, holding version 1; the seconds that a fetch takes)."""
+    from bridge import channels
+    from bridge.engines import weight_transfer
+
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.LayerNorm(4))
+    settings = SimpleNamespace(parallel_config=None, model_config=None)
+    worker = weight_transfer.BridgeWeightTransferEngine(
+        SimpleNamespace(), settings, torch.device("cpu"), model
+    )
+    sent = [
+        HostTensor(name, "float32", tuple(t.shape), t.detach().numpy().view(np.uint8).reshape(-1))
+        for name, t in model.state_dict().items()
+    ]
+    ticket = ShuttleChannel(tmp_path).publish(*pack(1, sent, 1 << 20))
+    takes, real = [0.0], channels.fetch
+
+    def fetch(ticket, deadline_s):
+        time.sleep(takes[0])
+        return real(ticket, deadline_s)
+
+    monkeypatch.setattr(channels, "fetch", fetch)
+    expected = [[t.name, t.dtype, list(t.shape)] for t in sent]
+    worker.receive_weights(weight_transfer.BridgeUpdateInfo(ticket.to_json(), 9.0, expected))
+    worker.loaded, worker._staged = worker._staged.loaded(0.0), None
+    worker._kept.release()
+    return worker, takes
+
+
+def test_decoding_goes_on_while_a_version_is_fetched_again_to_be_examined(worker):
+    """From an object storage, all of it has to come once more."""
+    worker, takes = worker
+    takes[0] = 1.0  # longer than decoding may wait
+    began = time.monotonic()
+    worker.begin_examination(None, 30.0)
+    assert not worker.found() and worker.examine(0.02) is None
+    assert time.monotonic() - began < 0.9
+    while not worker.found():
+        time.sleep(0.01)
+    while (report := worker.examine(0.02)) is None:
+        pass
+    worker.end_examination()
+    assert (report["version"], report["wrong"], report["unchecked"]) == (1, {}, [])
+
+
+def test_a_version_that_is_not_found_again_in_time_is_left_to_its_thread(worker):
+    worker, takes = worker
+    takes[0] = 5.0
+    began = time.monotonic()
+    worker.begin_examination(None, 0.1)
+    assert worker.examine(0.02) is None
+    receiver = worker._reread[0]
+    worker.end_examination()
+    assert time.monotonic() - began < 4 and worker._kept is not receiver and worker.found()
