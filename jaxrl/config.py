@@ -1145,6 +1145,10 @@ def _faults_of_url(shuttle_dir: str) -> list[str]:
             "publish.shuttle_dir: a URL is PROTOCOL://BUCKET/RUN and nothing else; credentials and "
             "endpoints come from the environment of each machine"
         ]
+    if is_url and not rest.strip("/"):
+        return [
+            f"publish.shuttle_dir = {shuttle_dir}: names no bucket; {protocol}://BUCKET/RUN does"
+        ]
     if is_url and (set("*[]") & set(rest) or {".", ".."} & set(rest.split("/"))):
         return [
             f"publish.shuttle_dir = {shuttle_dir}: no part of it may be . or .., and none may hold "

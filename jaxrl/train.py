@@ -293,6 +293,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
     data_fingerprint = fingerprint(c.data)  # now: of the data that the stream has just read
     reward = make_reward(c)
     load_all(c.algorithm)
+    check_shuttle(c, new_run=not command.resume)
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
         interrupt = cleanup.enter_context(Interrupt().listening())
@@ -455,6 +456,20 @@ def gauges() -> Callable[[Mapping[str, float]], None]:
     from bridge.gauges import Gauges
 
     return Gauges().set
+
+
+def check_shuttle(c: Config, new_run: bool) -> None:
+    """Raises UserError unless versions can be put where they are to lie, outside the run's own
+    directory: engines take minutes to start, and nothing should be left behind by a mistake."""
+    from bridge.channels import ChannelError
+    from bridge.channels.cloud import open_shuttle
+
+    used = "shuttle" in (c.publish.channel, c.publish.fallback) and c.rollout.engine == "vllm"
+    if used and c.publish.shuttle_dir:
+        try:
+            open_shuttle(c.publish.shuttle_dir, c.publish.keep_versions).check(new_run)
+        except ChannelError as error:
+            raise UserError(f"publish.shuttle_dir: {error}") from error
 
 
 def connect_bridge(

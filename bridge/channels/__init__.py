@@ -138,6 +138,15 @@ class Channel(ABC):
     def close(self) -> None:
         """Releases what only this process holds. Tickets may stop working."""
 
+    def check(self, new_run: bool) -> None:
+        """Finds out ahead of the first version whether a run, a new one or one that is resumed, can
+        put its versions here.
+
+        Raises:
+          ChannelError: it cannot.
+        """
+        return None
+
     def refresh(self) -> None:
         """Makes versions readable again that should be, and are not any more, if it can.
 
@@ -156,11 +165,14 @@ class Channel(ABC):
             )
         if later := [other for other in there if other > version and other not in self._begun]:
             raise ChannelError(
-                f"weight version {version} cannot be published at {where}, which holds version "
-                f"{max(later)} of another run; give each run a publish.shuttle_dir of its own, or "
-                "empty that one if its run is over"
+                f"weight version {version} cannot be published: {_of_another_run(where, later)}"
             )
         self._begun.add(version)
+
+    def _check_place(self, new_run: bool, there: Collection[int], where: str) -> None:
+        """See `check`; `there`: the versions."""
+        if new_run and there:
+            raise ChannelError(_of_another_run(where, there))
 
     def publish(self, manifest: Manifest, buckets: Sequence[Sequence[np.ndarray]]) -> Ticket:
         """Stores a version that is all in memory; see `wire.pack`. Of several threads one at a
@@ -178,6 +190,13 @@ class Channel(ABC):
                 return shipment.finish(manifest)
             finally:
                 shipment.abort()
+
+
+def _of_another_run(where: str, versions: Collection[int]) -> str:
+    return (
+        f"{where} holds version {max(versions)} of another run; give each run a "
+        "publish.shuttle_dir of its own, or empty that one if its run is over"
+    )
 
 
 def fetch(ticket: Ticket, deadline_s: float) -> tuple[Manifest, list[np.ndarray]]:

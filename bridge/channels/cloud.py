@@ -12,12 +12,14 @@ up a silent connection by themselves; a fetch goes on where they end, until its 
 
 import contextlib
 import json
+import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from bridge.wire import Manifest, TensorEntry
 
 NAME = "cloud"
 _BEGUN = "begun"  # an object of a version on its way: other processes of the publisher look for it
+_PROBE = "probe"  # an object that is written and removed before the first version
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^?#*\[\]]+")
 _THREADS = 8  # requests of a fetch at a time
 _RANGE = 16 << 20  # bytes of a request
@@ -61,6 +64,16 @@ class CloudChannel(Channel):
         shipment.begin(lambda there: self._check_number(version, there, self._root))
         return shipment
 
+    def check(self, new_run: bool) -> None:
+        """See `Channel.check`."""
+        files, root = _open(self._root, "weights")
+        with _plain_errors(f"weights cannot be published at {self._root}"):
+            files.pipe_file(f"{root}/{_PROBE}", b"")
+            files.rm_file(f"{root}/{_PROBE}")
+            versions = _versions(files, root)
+        there = [version for version, names in versions.items() if MANIFEST in names]
+        self._check_place(new_run, there, self._root)
+
     def close(self) -> None:
         """Nothing is held; published versions stay."""
 
@@ -73,7 +86,7 @@ class CloudShipment:
     ):
         self._url, self._version, self._buckets = url, version, buckets
         self._keep, self._pinned = keep, pinned
-        self._files, self._directory = _open(url, version)
+        self._files, self._directory = _open(url, f"weight version {version}")
         self._done = False
 
     def begin(self, check: Callable[[Collection[int]], None]) -> None:
@@ -140,18 +153,24 @@ class CloudShipment:
             with contextlib.suppress(Exception):
                 _remove(self._files, directories[version])
 
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except ChannelError:
-            raise
-        except Exception as error:  # each client has errors of its own
-            raise ChannelError(
-                f"weight version {self._version} could not be written to {self._url}: {error!r}; "
-                "is there such a bucket, and may this machine list, read, write and delete in it? "
-                "No reader can see the version"
-            ) from error
+    def _plain_errors(self) -> AbstractContextManager[None]:
+        return _plain_errors(
+            f"weight version {self._version} could not be written to {self._url}, and no reader "
+            "can see it"
+        )
+
+
+@contextlib.contextmanager
+def _plain_errors(failed: str) -> Iterator[None]:
+    try:
+        yield
+    except ChannelError:
+        raise
+    except Exception as error:  # each client has errors of its own
+        raise ChannelError(
+            f"{failed}: {error!r}; is there such a bucket, and may this machine list, read, write "
+            "and delete in it?"
+        ) from error
 
 
 def join(invitation: dict[str, Any]) -> CloudShipment:
@@ -197,7 +216,7 @@ class _Reader:
     def __init__(self, ticket: Ticket, deadline_s: float):
         _check_address(ticket)
         self._where = f"weight version {ticket.version}: {ticket.address}"
-        self._files, self._directory = _open(ticket.address, ticket.version)
+        self._files, self._directory = _open(ticket.address, f"weight version {ticket.version}")
         self._deadline_s, self._end = deadline_s, time.monotonic() + deadline_s
         self._trouble: Exception | None = None  # the last that a request had
         self._left = threading.Event()
@@ -308,26 +327,34 @@ class _Reader:
         )
 
 
-def _open(url: str, version: int) -> tuple[Any, str]:
+def _open(url: str, what: str) -> tuple[Any, str]:
     """The filesystem of a URL, and the path in it. Reaches for no network.
 
     Raises:
-      ChannelError: a package is missing here, no package knows such URLs, or it is a pattern.
+      ChannelError: a package is missing here, no package knows such URLs, or it is a pattern; says
+        `what` is concerned.
     """
     if not _URL.fullmatch(url):
         raise ChannelError(
-            f"weight version {version}: {url} cannot be used: a URL here holds none of ?, #, *, [ "
-            "and ], which storages take for patterns or options"
+            f"{what}: {url} cannot be used: a URL here is PROTOCOL://BUCKET/RUN and holds none of "
+            "?, #, *, [ and ], which storages take for patterns or options"
         )
+    for client in ("gcsfs", "s3fs"):  # what they had to try again is said where it is given up
+        logging.getLogger(client).setLevel(logging.CRITICAL)
     try:
         import fsspec
 
         # Listings are not cached: other processes write here too.
         return fsspec.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise ChannelError(
-            f"weight version {version}: {os.uname().nodename} cannot open {url}: {error}; install "
-            "the extra of that storage, jaxrl-bridge[s3] or jaxrl-bridge[gcs], on every machine"
+            f"{what}: {os.uname().nodename} cannot open {url}: {error}; install the extra of that "
+            "storage, jaxrl-bridge[s3] or jaxrl-bridge[gcs], on every machine"
+        ) from error
+    except ValueError as error:
+        raise ChannelError(
+            f"{what}: {os.uname().nodename} cannot open {url}: {error}; s3://BUCKET/RUN, "
+            "gs://BUCKET/RUN and URLs that another package of fsspec knows can be"
         ) from error
 
 

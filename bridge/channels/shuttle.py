@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,18 @@ class ShuttleChannel(Channel):
             self._check_number(version, set(_versions(self._root)), str(self._root))
             shipment.partial.mkdir()
         return shipment
+
+    def check(self, new_run: bool) -> None:
+        """See `Channel.check`."""
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._root).close()
+            there = _versions(self._root)
+        except OSError as error:
+            raise ChannelError(
+                f"weights cannot be published at {self._root}: {error.strerror or error}"
+            ) from error
+        self._check_place(new_run, there, str(self._root))
 
     def close(self) -> None:
         """Nothing is held; published versions stay."""

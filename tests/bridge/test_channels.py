@@ -480,3 +480,23 @@ def test_a_manifest_that_is_no_text_is_refused(shuttle):
     path.write_bytes(b"\xff" + path.read_bytes()[1:])
     with pytest.raises(ChannelError, match=r"weight version 1: .*utf-8"):
         channels.fetch(ticket, 5.0)
+
+
+def test_a_place_is_checked_ahead_of_the_first_version(place, tmp_path):
+    place.check(new_run=True)
+    tickets = [place.publish(*pack(version, version=version)) for version in (1, 2)]
+    for version, ticket in enumerate(tickets, 1):
+        assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(version))
+    another(place).check(new_run=False)
+    with pytest.raises(ChannelError, match=r"holds version 2 of another run; give each run"):
+        another(place).check(new_run=True)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_clear_error(tmp_path, s3_url):
+    (tmp_path / "file").touch()
+    with pytest.raises(ChannelError, match=r"published at .*/file/w: Not a directory"):
+        ShuttleChannel(tmp_path / "file" / "w").check(new_run=True)
+    with pytest.raises(ChannelError, match=r"published at s3://no-.*is there such a bucket"):
+        CloudChannel(s3_url.replace("://", "://no-")).check(new_run=True)
+    with pytest.raises(ChannelError, match=r"s4://b/run: Protocol not known: s4; s3://BUCKET/RUN"):
+        CloudChannel("s4://b/run").check(new_run=True)

@@ -116,6 +116,20 @@ def test_a_shelf_that_was_killed_is_there_again_with_what_was_on_it(ray_cluster,
     channel.close()
 
 
+def test_a_shelf_that_was_killed_while_a_version_is_fetched_is_given_it_back(ray_cluster):
+    from bridge.channels.object_store import ObjectStoreChannel
+
+    channel = ObjectStoreChannel()
+    channel.refresh()  # there is nothing yet
+    ticket = mail(channel.publish(*pack(1, version=1)))
+    kill_the_shelf(ticket)
+    with pytest.raises(ChannelError, match=r"version 1 .*(cannot be had|gets them back from)"):
+        channels.fetch(ticket, 5.0)
+    channel.refresh()
+    assert_same(unpack(*channels.fetch(ticket, 30.0)), weights(1))
+    channel.close()
+
+
 def test_an_aborted_version_leaves_nothing(ray_cluster):
     """Nor what another process put for it."""
     from bridge.channels.object_store import ObjectStoreChannel
