@@ -167,6 +167,14 @@ def test_merged_weights_give_the_same_logits(adapted):
     np.testing.assert_allclose(logits, theirs, atol=2e-5 * np.ptp(theirs))
 
 
+def test_accelerators_merge_without_rounding_as_a_cpu_does(adapted):
+    """Asked of the program, because a CPU has one precision only."""
+    params = with_adapters(adapted.frozen(), adapted.adapters())
+    made = jax.make_jaxpr(lambda p: merged_params(adapted.specs, adapted.lora, p))(params)
+    asked = [eqn.params["precision"] for eqn in made.eqns if eqn.primitive.name == "dot_general"]
+    assert asked and set(asked) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_training_moves_the_adapters_as_torch_and_peft_do_and_nothing_else(mesh, tmp_path):
     adapted = Adapted("qwen3", tmp_path)

@@ -36,8 +36,10 @@ def merged_params(specs: dict[Path, ParamSpec], lora: LoraConfig, params: Any) -
             assert spec.inputs
             lora_a = node[f"{spec.module}_lora_a"]
             layers, rank = lora_a.shape[:2]
-            # Of each layer [outputs, rank] times [rank, inputs].
-            change = lora_b.reshape(layers, -1, rank) @ lora_a.reshape(layers, rank, -1)
+            # Of each layer [outputs, rank] times [rank, inputs]. Accelerators would round float32
+            # factors, and the tools that merge on a CPU do not.
+            factors = lora_b.reshape(layers, -1, rank), lora_a.reshape(layers, rank, -1)
+            change = jnp.matmul(*factors, precision="highest")
             weight = weight + lora.scale * change.reshape(weight.shape)
         leaves[path] = weight
     return tree_of(leaves)
