@@ -13,8 +13,9 @@ then only parameters are read, a few leaves at a time. Of a run with adapters it
 weights, or with `--lora adapter` a PEFT directory. --model says where model.path of the run is now.
 
 DST must not exist, or, with --force, be something that this tool writes. The weight digest that is
-printed is that of a published version: equal digests mean equal weights. Exit codes: 0 done, 2 a
-mistake in the input, and then nothing was written.
+printed is that of tools.inspect --sha256: equal digests mean equal weights. It is made of SHA-256;
+the digest in a published version's manifest is made of XXH3, and is another number. Exit codes: 0
+done, 2 a mistake in the input, and then nothing was written.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ class Tally:
         return (
             f"{target}: {len(self.lines)} tensors, {self.nbytes} bytes, {dtypes}{of}\n"
             f"{seconds:.1f} s, {self.nbytes / 1e9 / seconds:.3g} GB/s\n"
-            f"weight digest {digest_of_lines(self.lines)}"
+            f"weight digest (SHA-256) {digest_of_lines(self.lines)}"
         )
 
 

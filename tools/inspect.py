@@ -9,7 +9,9 @@ shuttle published or the directory of such versions (the newest), one checkpoint
 checked against them; a Hugging Face directory is, where it has digests and the bytes are read.
 
 --tensors lists every tensor with its SHA-256; --sha256 adds a digest to each line of the folded
-tree, and that of everything, which is the digest of a published version with these tensors.
+tree, and that of everything. Of tensors under Hugging Face names that is the weight digest which
+tools.convert prints: equal digests mean equal weights. It is made of SHA-256; the digest in a
+published version's manifest is made of XXH3, and is another number for the same weights.
 
 --diff compares by name, shape, dtype and content. A checkpoint beside something else is first laid
 out under Hugging Face names, in the dtypes of the other; two checkpoints are compared array by
@@ -54,6 +56,7 @@ if TYPE_CHECKING:  # a Hugging Face directory is inspected without jax
 _CHUNK = 1 << 21  # elements read at a time
 _VERSION = re.compile(r"v[0-9]{8,18}")
 _ADAPTER = "adapter_model.safetensors"
+_LABELS = {"digest": "version's digest (XXH3)"}  # of facts, beside the one of --sha256
 _SIZES = (
     "model_type",
     "num_hidden_layers",
@@ -635,8 +638,10 @@ def show(report: Report) -> str:
     if report.parts:
         totals["bytes of"] = ", ".join(f"{k} {v:,}" for k, v in report.parts.items())
     if report.digest:
-        totals["digest of arrays" if report.parts else "weight digest"] = report.digest
-    for title, values in (("", totals), ("", report.facts), ("config", report.architecture)):
+        label = "array digest" if report.parts else "weight digest"
+        totals[f"{label} (SHA-256)"] = report.digest
+    facts = {_LABELS.get(key, key): value for key, value in report.facts.items()}
+    for title, values in (("", totals), ("", facts), ("config", report.architecture)):
         lines += [f"\n{title}"] if title and values else []
         lines += [f"  {key:24} {_plain(value)}" for key, value in values.items()]
     return "\n".join([*lines, "", *_table(report.tree)])

@@ -77,7 +77,7 @@ def values(directory: Path) -> dict[str, np.ndarray]:
 
 
 def digest_line(output: str) -> str:
-    return next(line for line in output.splitlines() if line.startswith("weight digest "))
+    return next(line for line in output.splitlines() if line.startswith("weight digest (SHA-256) "))
 
 
 def everything(folder: Path) -> set[str]:
@@ -167,7 +167,7 @@ def test_as_a_user_starts_it(source, tmp_path):
         for name, (_, shape, digest) in raw(source).items()
     )
     expected = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert digest_line(there) == digest_line(back) == f"weight digest {expected}"
+    assert digest_line(there) == digest_line(back) == f"weight digest (SHA-256) {expected}"
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == '{"mine": 1}'
     assert {p.name for p in tmp_path.iterdir()} == {"new", "elsewhere", "hf"}
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"jax"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from bridge.channels.shuttle import ShuttleChannel
 from bridge.encoding import Encoder, Shadow
 from bridge.publisher import ship
-from bridge.wire import Base, HostTensor, manifest_of, pack
+from bridge.wire import Base, HostTensor, Manifest, manifest_of, pack
 from jaxrl import checkpoint
 from tests.reference_policy import make_reference, params_of, save_reference
 from tools import convert, inspect
@@ -199,6 +199,13 @@ def test_a_published_version(published, source, capsys):
         assert found["facts"]["buckets"] > 1 and found["parameters"] == PARAMETERS
     hashed = report(capsys, published, "--sha256")
     assert hashed["digest"] == report(capsys, source, "--sha256")["digest"]
+    # A version's own digest is made of other digests of the same bytes, and each says which.
+    assert hashed["digest"] != hashed["facts"]["digest"]
+    manifest = Manifest.from_json((published / "manifest.json").read_text())
+    assert hashed["facts"]["digest"] == manifest.digest
+    shown = {" ".join(line.split()) for line in run(capsys, published, "--sha256").splitlines()}
+    assert f"weight digest (SHA-256) {hashed['digest']}" in shown
+    assert f"version's digest (XXH3) {manifest.digest}" in shown
     assert report(capsys, published, "--diff", source)["equal"]
 
 
