@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bridge import compare
+from bridge.encoding import Shadow
 from bridge.export import Exporter
 from jaxrl.config import MeshSection
 from jaxrl.mesh import make_mesh, param_shardings
@@ -33,6 +34,7 @@ from tools.plan.program import (
     compile_update,
     largest_batch,
     prepare,
+    version_bytes,
 )
 from tools.plan.topology import open_target
 
@@ -320,6 +322,69 @@ def test_on_cpu_the_demo_is_planned_as_it_would_run(capsys, tmp_path):
     kept = plan["memory of a device"]["kept"]["bytes"]
     assert kept == pytest.approx(2 * published["bytes"] / 8, rel=0.01)  # norms lie whole on each
     assert "FLOPs" in out and "publish" in out
+
+
+def memory_of(capsys, folder, *arguments: object) -> tuple[dict, dict]:
+    """Of a small batch of the demo: the lines of a device's memory, and of what is outside."""
+    record = folder / "plan.json"
+    settings = ["--topology=cpu", "--rollout.prompts_per_step=4", "--json", record]
+    assert run(capsys, "--config", DEMO, *settings, *arguments)[0] == 0
+    plan = json.loads(record.read_text())
+    return plan["memory of a device"], plan["outside the devices"]
+
+
+@pytest.mark.parametrize(
+    "settings, copies",
+    [
+        (["--mesh.data=4", "--mesh.fsdp=1"], 4),
+        (["--mesh.data=2", "--mesh.fsdp=2"], 2),
+        (["--mesh.data=4", "--mesh.fsdp=1", "--lora.rank=4"], 4),
+    ],
+)
+def test_the_last_version_is_kept_once_for_each_copy_of_the_parameters(
+    capsys, tmp_path, settings, copies
+):
+    settings += ["--publish.encoding=delta", "--publish.compare=mesh"]
+    memory, outside = memory_of(capsys, tmp_path, *settings)
+    published = outside["publish, float32"]["bytes"]
+    assert memory["kept"]["bytes"] == pytest.approx(published * copies / 4, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 4}])
+def test_what_is_kept_of_a_version_is_what_an_export_keeps(mesh, dtype):
+    """Two key/value heads are no multiple of four devices."""
+    settings = [(f"mesh.{axis}", str(size)) for axis, size in ({"fsdp": 1} | mesh).items()]
+    c = load(DEMO, [*settings, ("publish.dtype", dtype)])
+    decoder = load_config(ROOT / "configs" / "tiny_policy")
+    setup = prepare(c, decoder, open_target("cpu", c))
+    params = jax.tree.map(
+        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), setup.state.params
+    )
+    exporter = Exporter(setup.trained, dtype, c.publish.bucket_mib << 20, "mesh")
+    shadow = Shadow()
+    shadow.begin(None, keep=True)
+    for group in exporter.groups_since(shadow, params):
+        shadow.encoded(group)
+    vectors = shadow._next.on_devices.values()
+    kept = sum(vector.addressable_shards[0].data.nbytes for vector in vectors)
+    padding = len(exporter.plan) * 32 * 1024 * np.dtype(jnp.dtype(dtype)).itemsize
+    assert kept - padding < version_bytes(setup) <= kept
+
+
+def test_moments_on_the_hosts_are_no_memory_of_a_device(capsys, tmp_path):
+    settings = ["--mesh.data=2", "--mesh.fsdp=1", "--optimizer.first_moment_dtype=bfloat16"]
+    memory, outside = memory_of(capsys, tmp_path, *settings)
+    published, whole = outside["publish, float32"]["bytes"], outside["checkpoint"]["bytes"]
+    assert whole == memory["state"]["bytes"] == pytest.approx(2.5 * published, abs=64)
+    assert memory["state"]["text"].endswith(": parameters and optimizer, float32 and bfloat16")
+    assert "on the hosts" not in memory
+    memory, outside = memory_of(capsys, tmp_path, *settings, "--optimizer.offload=host")
+    assert memory["state"]["bytes"] == pytest.approx(published, abs=64)
+    assert memory["state"]["text"].endswith(": parameters, float32")
+    assert memory["on the hosts"]["bytes"] == 1.5 * published
+    assert "optimizer, float32 and bfloat16" in memory["on the hosts"]["text"]
+    assert outside["checkpoint"]["bytes"] == whole
 
 
 def test_a_run_that_does_not_fit_exits_1_and_says_what_would(capsys, monkeypatch):

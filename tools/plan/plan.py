@@ -12,6 +12,7 @@ from jaxrl.mesh import param_shardings
 from jaxrl.model_dir import find_model
 from jaxrl.models.config import load_config
 from jaxrl.models.params import leaf_at, param_specs
+from jaxrl.optimizer import HOST
 from jaxrl.settings import revise
 from tools.plan import report
 from tools.plan.estimate import (
@@ -27,7 +28,15 @@ from tools.plan.estimate import (
     sizes,
     traffic,
 )
-from tools.plan.program import Compiled, Setup, TooLarge, compile_export, compile_update, prepare
+from tools.plan.program import (
+    Compiled,
+    Setup,
+    TooLarge,
+    compile_export,
+    compile_update,
+    prepare,
+    version_bytes,
+)
 from tools.plan.report import Line, Section, flops, gb, gib, rate, seconds
 from tools.plan.topology import Target, larger, mesh_axes
 
@@ -47,7 +56,7 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
     update, export = compile_update(setup, target), compile_export(setup)
     state = _bytes(setup.state)
     size = sizes(c, decoder, setup.specs, setup.trained, state, setup.batch)
-    held = _held_beside(setup, size, target)
+    held = _held_beside(setup, target)
     kept = sum(held.values())
     fits = does_fit(update, target, kept) and does_fit(export, target, kept)
     sections = [_what(setup, target, size), _memory(setup, target, update, export, held)]
@@ -76,14 +85,14 @@ def does_fit(program: Compiled | TooLarge, target: Target, kept: int = 0) -> boo
     return target.memory_bytes is None or program.peak + kept <= target.memory_bytes
 
 
-def _held_beside(setup: Setup, size: Sizes, target: Target) -> dict[str, int]:
+def _held_beside(setup: Setup, target: Target) -> dict[str, int]:
     """Bytes of a device, by what lies there all the time, beside the state."""
     c, held = setup.config, {}
     compares = {"mesh": True, "host": False, "auto": target.platform != "cpu"}[c.publish.compare]
     compares &= c.publish.encoding == "delta" and c.rollout.engine == "vllm"
     if compares:
         text = "the last version, to take differences from (publish.compare)"
-        held[text] = size.publish // len(target.devices)
+        held[text] = version_bytes(setup)
     algorithm, width = c.algorithm, setup.policy.compute_dtype.itemsize
     if algorithm.reference is not None:
         specs = param_specs(open_reference(c)[1])
@@ -167,16 +176,32 @@ def _memory(
                 },
             )
         )
-    share, what = _local_bytes(setup.state), "parameters and optimizer, float32"
-    if setup.state.reference is not None:
-        what += ", and the reference policy (algorithm.reference_every)"
-    lines.append(Line("state", f"{gib(share)}: {what}", {"bytes": share}))
+    lines += _state(setup)
     if kept:
         lines.append(Line("kept", f"{gib(kept)}: {', and '.join(held)}", {"bytes": kept}))
     have = target.memory_bytes
     text = "not known here" if have is None else gib(have)
     lines.append(Line("a device has", text, {"bytes": have}))
     return Section("memory of a device", lines)
+
+
+def _state(setup: Setup) -> list[Line]:
+    """What lies on a device between steps, and what of it on the hosts (optimizer.offload)."""
+    state = setup.state
+    hosted = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind == HOST]
+    beside = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind != HOST]
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    share, far = _local_bytes(beside), _local_bytes(hosted)
+    what = f"parameters, {_dtypes(jax.tree.leaves(state.params))}"
+    if not hosted:
+        what = f"parameters and optimizer, {_dtypes([*jax.tree.leaves(state.params), *moments])}"
+    if state.reference is not None:
+        what += ", and the reference policy (algorithm.reference_every)"
+    lines = [Line("state", f"{gib(share)}: {what}", {"bytes": share})]
+    if hosted:
+        text = f"{gib(far)} for each device: optimizer, {_dtypes(hosted)} (optimizer.offload)"
+        lines.append(Line("on the hosts", text, {"bytes": far}))
+    return lines
 
 
 def _work(
@@ -378,6 +403,10 @@ def _changes(setup: Setup) -> list[dict[str, Any]]:
     if least < min(B * T, microbatch_tokens(c.update, setup.mesh)):
         found.append({"update.max_tokens_per_microbatch": least})
     return found
+
+
+def _dtypes(leaves: list[Any]) -> str:
+    return " and ".join(sorted({str(x.dtype) for x in leaves if x.ndim}, reverse=True))
 
 
 def _bytes(tree: Any) -> int:

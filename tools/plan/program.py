@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.wire import ITEM_BYTES
 from jaxrl.config import Config
 from jaxrl.models.config import DecoderConfig
 from jaxrl.models.params import ParamSpec, param_specs, trained_specs, tree_of
@@ -153,6 +154,23 @@ def compile_export(setup: Setup) -> Compiled | TooLarge:
     largest = max(exporter.plan, key=lambda group: group.nbytes)
     program = exporter.program(largest, params)
     return _compile(program.lower(*exporter.inputs(largest, params)))
+
+
+def version_bytes(setup: Setup) -> int:
+    """Of a device: what it keeps of a version to take differences from, its parts of the tensors in
+    the wire's layout and dtype (`bridge.compare`). Not their padding: up to 128 KiB a bucket."""
+    import jax
+
+    from bridge.export import Exporter
+
+    c, params = setup.config, setup.state.params
+    exporter = Exporter(setup.trained, c.wire_dtype, c.publish.bucket_mib << 20)
+    elements = 0
+    for group in exporter.plan:
+        program = exporter.program(group, params, gather=False)
+        made = jax.eval_shape(program, *exporter.inputs(group, params))
+        elements += sum(exporter.layout(made, setup.mesh).sizes)
+    return ITEM_BYTES[c.wire_dtype] * elements
 
 
 def _compile(lowered: Any) -> Compiled | TooLarge:
