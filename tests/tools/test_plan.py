@@ -387,13 +387,57 @@ def test_moments_on_the_hosts_are_no_memory_of_a_device(capsys, tmp_path):
     assert outside["checkpoint"]["bytes"] == whole
 
 
-def test_a_run_that_does_not_fit_exits_1_and_says_what_would(capsys, monkeypatch):
-    """With devices of 64 MiB: too little for the demo's batch at once, enough for a part of it."""
+def test_a_program_that_the_compiler_refuses_is_one_message(capsys, monkeypatch):
+    """Not exit code 1, which says that there is too little memory."""
+
+    def refuse(self, *arguments):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: slices of lanes.\n\nWhile: %while.349")
+
+    monkeypatch.setattr("jax.stages.Lowered.compile", refuse)
+    code, out, err = run(capsys, "--config", DEMO, "--topology=cpu", "--mesh.fsdp=8")
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("tools.plan: cpu x 8: the update cannot be ")
+    assert err.endswith("the mesh: UNIMPLEMENTED: slices of lanes.\n")
+
+
+@pytest.fixture
+def too_small(monkeypatch):
+    """Devices of 64 MiB: too little for the demo's batch at once, enough for a part of it."""
     small = topology.Target("small", "cpu", tuple(jax.devices()), None, 64 << 20)
     monkeypatch.setattr("tools.plan.__main__.open_target", lambda name, c: small)
     settings = ["--mesh.fsdp=8", "--rollout.prompts_per_step=512", "--update.logits_mib=16"]
-    settings += ["--model.remat=full", "--update.max_tokens_per_microbatch=1000000"]
-    code, out, _ = run(capsys, "--config", DEMO, *settings)
+    return [*settings, "--model.remat=full", "--update.max_tokens_per_microbatch=1000000"]
+
+
+def test_advice_is_held_to_what_the_verdict_is(capsys, monkeypatch, too_small):
+    """A change of the update does not help an export that is too large, and says so."""
+    refused = TooLarge(0.0, 1 << 30, "RESOURCE_EXHAUSTED")
+    monkeypatch.setattr("tools.plan.plan.compile_export", lambda setup: refused)
+    code, out, _ = run(capsys, "--config", DEMO, *too_small)
+    assert code == 1 and "fits (compiled)" not in out
+    (tried,) = [line for line in out.splitlines() if "not enough (compiled)" in line]
+    assert "--update.max_tokens_per_microbatch 896" in tried
+    assert tried.endswith("MiB, but not the export") and "publish.bucket_mib" in out
+
+
+def test_a_change_that_the_compiler_refuses_is_a_line_of_the_advice(capsys, monkeypatch, too_small):
+    compiled, programs = jax.stages.Lowered.compile, []
+
+    def refuse_the_third(self, *arguments):  # after the update and the export
+        programs.append(self)
+        if len(programs) == 3:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no layout")
+        return compiled(self, *arguments)
+
+    monkeypatch.setattr("jax.stages.Lowered.compile", refuse_the_third)
+    code, out, _ = run(capsys, "--config", DEMO, *too_small)
+    assert code == 1 and "fits (compiled)" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("  refused ")]
+    assert "--update.max_tokens_per_microbatch 896" in line and "INTERNAL: no layout" in line
+
+
+def test_a_run_that_does_not_fit_exits_1_and_says_what_would(capsys, too_small):
+    code, out, _ = run(capsys, "--config", DEMO, *too_small)
     assert code == 1
     assert "DOES NOT FIT" in out
     # A prompt of 40 tokens and 8 completions of 8 have rows of 112, one for each of 8 devices.

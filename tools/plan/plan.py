@@ -30,6 +30,7 @@ from tools.plan.estimate import (
 )
 from tools.plan.program import (
     Compiled,
+    Refused,
     Setup,
     TooLarge,
     compile_export,
@@ -73,7 +74,7 @@ def make_plan(c: Config, target: Target, options: Any) -> Plan:
         both = pools(c, updates, publish, options.engine_tokens_per_s)
         sections.append(_pools(both, size, c))
     if not fits:
-        sections.append(_advice(setup, target, options, kept))
+        sections.append(_advice(setup, target, options, update, export, kept))
     record = {"fits": fits, "target": target.name} | report.record(sections)
     return Plan(fits, report.table(sections), record)
 
@@ -360,30 +361,53 @@ def _pools(both: Pools, size: Sizes, c: Config) -> Section:
     return Section("trainer and engines", lines)
 
 
-def _advice(setup: Setup, target: Target, options: Any, kept: int) -> Section:
-    """What to change, most harmless first; the first change that is seen to fit ends the search."""
+def _advice(
+    setup: Setup,
+    target: Target,
+    options: Any,
+    update: Compiled | TooLarge,
+    export: Compiled | TooLarge,
+    kept: int,
+) -> Section:
+    """What to change, most harmless first; the first change that is seen to fit ends the search.
+
+    The changes are of the update, and leave the export as it is.
+    """
     lines: list[Line] = []
-    c = setup.config
-    for change in _changes(setup):
+    c, exports = setup.config, does_fit(export, target, kept)
+    updates = does_fit(update, target, kept)
+    for change in [] if updates else _changes(setup):
         c = revise(c, change)
         keys = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
         if options.no_advice:
             lines.append(Line("not tried", keys, {"change": change}))
             continue
-        tried = compile_update(prepare(c, setup.decoder, target), target)
-        fits = does_fit(tried, target, kept)
+        try:
+            tried = compile_update(prepare(c, setup.decoder, target), target)
+        except Refused as error:
+            lines.append(Line("refused", f"{keys}: {error}", {"change": change, "fits": False}))
+            continue
+        enough = does_fit(tried, target, kept)
         if isinstance(tried, Compiled):
             found = gib(tried.peak)
         else:
             found = f"XLA wants {gib(tried.wanted) if tried.wanted else 'more than there is'}"
+        fits = enough and exports
         name = "fits (compiled)" if fits else "not enough (compiled)"
+        found += ", but not the export" * (enough and not exports)
         lines.append(Line(name, f"{keys}: {found}", {"change": change, "fits": fits}))
         if fits:
             return Section("what to change", lines)
+        if enough:
+            break
     directions = [
         *[f"more chips, {name}, and mesh.fsdp with them" for name in larger(target.name)][:1],
-        "shorter rows: data.max_prompt_tokens, rollout.max_new_tokens, update.row_tokens",
-        "fewer logits at a time: update.logits_mib",
+        *["smaller parts of an export: publish.bucket_mib"] * (not exports),
+        *[
+            "shorter rows: data.max_prompt_tokens, rollout.max_new_tokens, update.row_tokens",
+            "fewer logits at a time: update.logits_mib",
+        ]
+        * (not updates),
         "fewer trained weights: lora.rank",
     ]
     lines += [Line("not tried", direction) for direction in directions]

@@ -12,7 +12,7 @@ from jaxrl.config import Config
 from jaxrl.models.config import DecoderConfig
 from jaxrl.models.params import ParamSpec, param_specs, trained_specs, tree_of
 from jaxrl.models.params import Path as LeafPath
-from jaxrl.types import Group, Prompt, Rollout, TrainBatch
+from jaxrl.types import Group, Prompt, Rollout, TrainBatch, UserError
 from tools.plan.hlo import Cost, Program
 from tools.plan.topology import GIB, Target
 
@@ -46,11 +46,16 @@ class TooLarge:
     message: str
 
 
+class Refused(UserError):
+    """The compiler cannot make the program, whatever the memory: no run on the target can."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """Everything that is lowered, as shapes, dtypes and shardings."""
 
     config: Config
+    target: str  # its name
     decoder: DecoderConfig
     specs: dict[LeafPath, ParamSpec]  # of the whole policy
     trained: dict[LeafPath, ParamSpec]  # of what trains
@@ -89,6 +94,7 @@ def prepare(c: Config, decoder: DecoderConfig, target: Target) -> Setup:
         state = state._replace(reference=abstract(trained, dtype))
     return Setup(
         c,
+        target.name,
         decoder,
         specs,
         trained,
@@ -142,7 +148,8 @@ def compile_update(setup: Setup, target: Target) -> Compiled | TooLarge:
         scores if c.algorithm.scores_first else None,
         scores if c.algorithm.kl_coefficient else None,
     )
-    return _compile(step.lower(setup.state, batch, setup.frozen, anchors))
+    lowered = step.lower(setup.state, batch, setup.frozen, anchors)
+    return _compile(lowered, f"{setup.target}: the update")
 
 
 def compile_export(setup: Setup) -> Compiled | TooLarge:
@@ -153,7 +160,8 @@ def compile_export(setup: Setup) -> Compiled | TooLarge:
     exporter = Exporter(setup.trained, c.wire_dtype, c.publish.bucket_mib << 20)
     largest = max(exporter.plan, key=lambda group: group.nbytes)
     program = exporter.program(largest, params)
-    return _compile(program.lower(*exporter.inputs(largest, params)))
+    lowered = program.lower(*exporter.inputs(largest, params))
+    return _compile(lowered, f"{setup.target}: the export")
 
 
 def version_bytes(setup: Setup) -> int:
@@ -173,16 +181,21 @@ def version_bytes(setup: Setup) -> int:
     return ITEM_BYTES[c.wire_dtype] * elements
 
 
-def _compile(lowered: Any) -> Compiled | TooLarge:
+def _compile(lowered: Any, what: str = "the program") -> Compiled | TooLarge:
+    """Raises Refused, with `what` it is, for any reason of XLA's but the memory."""
     import jax
 
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not _TOO_LARGE.search(str(error)):
-            raise
-        return TooLarge(time.perf_counter() - started, _wanted(str(error)), str(error).strip())
+        message = str(error).strip()
+        if not _TOO_LARGE.search(message):
+            raise Refused(
+                f"{what} cannot be compiled, here or in a run; change what XLA names, or the mesh: "
+                f"{message.partition(chr(10))[0]}"
+            ) from None
+        return TooLarge(time.perf_counter() - started, _wanted(message), message)
     seconds = time.perf_counter() - started
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Compiled(
