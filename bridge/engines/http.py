@@ -31,6 +31,7 @@ from bridge.engines.servers import About, Client, Counters, Server, server_at
 
 _RETRY_S = 0.5
 _COUNT_S = 0.25  # for which what the server counted is new enough
+_DYING_S = 0.5  # for which a server may fail requests, and still listen: vLLM's does for 0.1 s
 _SILENCE_S = 15.0  # for which a server may leave that question unanswered
 
 
@@ -113,13 +114,16 @@ class HttpEngine:
         self._intake.submit(requests)
 
     async def poll(self, wait_s: float) -> dict[str, Any]:
-        """See VllmEngine.poll; what the server counted is up to 0.25 s old.
+        """See VllmEngine.poll; what the server counted is up to 0.25 s old. Requests that failed
+        are reported half a second later, if the server is still there.
 
         Raises:
           EngineDead: the server is gone, or has not said for 15 s what it counted.
         """
         self._require_running()
         done = await self._intake.take(wait_s)
+        if any("failed" in each for each in done):  # is it the requests, or the server?
+            await asyncio.sleep(_DYING_S)  # what it counted is old then, and it is asked anew
         self._require_running()
         counters = await self._counters()
         return {

@@ -21,7 +21,7 @@ class Http:
     """Serves `gets` and `posts`, handlers by path, in a thread of its own."""
 
     def __init__(self, gets, posts):
-        self.gets, self.posts = gets, posts
+        self.gets, self.posts, self.port = gets, posts, 0
 
     def start(self):
         self.loop, started = asyncio.new_event_loop(), threading.Event()
@@ -34,9 +34,10 @@ class Http:
                 app.router.add_post(path, handler)
             self.runner = web.AppRunner(app, shutdown_timeout=1)
             await self.runner.setup()
-            site = web.TCPSite(self.runner, "127.0.0.1", 0)
-            await site.start()
-            self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+            self.site = web.TCPSite(self.runner, "127.0.0.1", self.port)
+            await self.site.start()
+            self.port = self.runner.addresses[0][1]  # which it has again when it starts again
+            self.url = f"http://127.0.0.1:{self.port}"
             started.set()
 
         self.loop.create_task(serve())
@@ -49,6 +50,19 @@ class Http:
         asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(30)
+
+    def die(self):
+        """As when its process is killed: all at once nobody listens, and no request is answered."""
+
+        async def drop():
+            await self.site.stop()
+            for connection in self.runner.server.connections:
+                connection.transport.abort()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        asyncio.run_coroutine_threadsafe(drop(), self.loop).result(30)
+        self.stop()
 
 
 class FakeSglang(Http):
@@ -79,9 +93,9 @@ class FakeSglang(Http):
         self.version = "default"
         self.held = set()
         self.running, self.aborted = set(), set()
-        self.tokens = self.met_pause = 0
+        self.tokens = self.met_pause = self.counted = 0
         self.paused = asyncio.Event()
-        self.load_error = self.loads_as = None
+        self.load_error = self.loads_as = self.broken = None
 
     async def models(self, request):
         card = {"id": "tiny", "owned_by": "sglang", "max_model_len": MAX_MODEL_LEN}
@@ -100,6 +114,7 @@ class FakeSglang(Http):
             "sglang:token_usage": 0.0,
             "sglang:generation_tokens_total": float(self.tokens),
         }
+        self.counted += 1
         text = "".join(f'# TYPE {k} gauge\n{k}{{model_name="a b"}} {v}\n' for k, v in lines.items())
         return web.Response(text=text)
 
@@ -135,6 +150,8 @@ class FakeSglang(Http):
 
     async def generate(self, request):
         body = await request.json()
+        if self.broken:
+            return web.json_response({"error": {"message": self.broken}}, status=500)
         self.met_pause += self.paused.is_set()
         while self.paused.is_set():
             await asyncio.sleep(0.01)

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import pickle
+import threading
+import time
 
 import pytest
 
@@ -18,7 +20,9 @@ from bridge.channels.shuttle import ShuttleChannel
 from bridge.engines.errors import EngineDead, EngineError, RequestRefused
 from bridge.engines.http import HttpEngine, ServerSettings
 from bridge.engines.servers import ErrorAnswer
+from bridge.fleet import Fleet, FleetSettings
 from bridge.wire import Base
+from jaxrl.types import Prompt, Request, Sampling
 from tests.bridge.engine_driver import Driver, Here
 from tests.bridge.sglang_server import FakeSglang, Http
 
@@ -93,6 +97,78 @@ def test_a_server_that_is_gone_is_a_dead_engine(engine, server):
         for _ in range(100):
             engine.call("poll", 0.1)
     server.start()  # for the fixture to stop
+
+
+def test_what_fails_at_a_server_that_is_gone_is_not_held_against_the_request(engine, server):
+    """It would be asked again of the same engine, which fails it in no time."""
+    engine.call("poll", 0.5)  # and what the server counted is new
+    server.stop()
+    engine.submit()
+    with pytest.raises(EngineDead, match=server.url):
+        engine.call("poll", 5.0)
+    server.start()
+
+
+def test_what_fails_at_a_server_that_is_going_is_not_held_against_it(engine, server, monkeypatch):
+    """As vLLM's is for a tenth of a second, when its engine core has died."""
+    monkeypatch.setattr("bridge.engines.http._DYING_S", 2.0)
+    server.broken = "EngineCore encountered an issue"
+    engine.submit()
+    threading.Timer(0.1, server.die).start()
+    with pytest.raises(EngineDead, match=server.url):
+        engine.call("poll", 5.0)
+    server.start()
+
+
+def test_a_request_that_fails_at_a_server_that_goes_on_is_reported(engine, server):
+    server.broken = "out of luck"
+    (done,) = engine.ended(engine.submit())
+    assert "500: out of luck" in done["failed"]
+    server.broken = None
+    assert len(engine.sampled()) == 1
+
+
+def test_a_server_that_is_killed_is_taken_back_when_it_answers(ray_cluster, server, tiny, tmp_path):
+    """It is the only one, and dies just after it was asked what it counted."""
+    ticket = ShuttleChannel(tmp_path).publish(*packed(tiny, 1))
+    warnings, held = [], {10, 20, 30}
+    settings = FleetSettings(max_restarts=1)
+    servers = [ServerSettings(url=server.url)]
+    files, expected = tiny.files(), tiny.expected()
+    fleet = Fleet(settings, None, files, expected, warnings.append, servers=servers)
+
+    def bring(name):
+        fleet.stage(name, ticket, 20.0, 60.0)
+        fleet.commit(name, 1, 60.0)
+        fleet.admit(name, 1)
+
+    fleet.newcomers = bring
+    try:
+        fleet.start()
+        fleet.wait_ready()
+        bring("engine-0")
+        server.held = held
+        sampling = Sampling(n=1, max_new_tokens=8, temperature=1.0, stop_tokens=())
+        prompts = [Prompt(i, "", (1, 2, 3), {}) for i in range(3)]
+        futures = fleet.submit(
+            [Request(prompt, sampling, seed) for prompt, seed in zip(prompts, held, strict=True)]
+        )
+        while len(server.running) < len(held):
+            time.sleep(0.01)
+        counted = server.counted
+        while server.counted == counted:
+            time.sleep(0.005)
+        time.sleep(0.03)  # until the answer is there
+        server.die()
+        server.held = set()
+        while not any(future.done() for future in futures) and not fleet.failures:
+            time.sleep(0.01)
+        server.start()
+        assert {future.result(60).engine for future in futures} == {"engine-0.1"}
+        assert warnings == [f"{fleet.failures['engine-0']}; engine-0.1 starts in its place"]
+        assert server.url in warnings[0]
+    finally:
+        fleet.close()
 
 
 def test_nobody_there_is_said_with_the_address(server, tiny):
