@@ -160,7 +160,9 @@ class Fleet:
           FleetError: there is none of this name.
         """
         with self._changing():
-            self._end(self._roster.find(name), f"{name} was removed", replace=False)
+            engine = self._roster.find(name)
+            engine.removed = True
+            self._end(engine, f"{name} was removed")
 
     def _launch(self, slot: int) -> Engine:
         before = len(self._roster.of_slot(slot))
@@ -221,6 +223,8 @@ class Fleet:
     def wait_ready(self) -> list[dict[str, Any]]:
         """Waits for `min_engines` to be up; returns what each that is says of itself.
 
+        Others are started in the place of those that were up by then, and ended.
+
         Raises:
           FleetError: naming each engine that failed or is late, and why.
         """
@@ -237,13 +241,23 @@ class Fleet:
             if len(up) < least:
                 late = [] if decided() else [self._late(e) for e in self._roster.starting]
                 raise FleetError("; ".join([*failures, *late]) or self._broken)
-            for engine in self._roster:
-                if engine.ended and not engine.info:
-                    self._warn(f"{engine.reason}; not replaced: it never started")
             for engine in up:
                 engine.offered = True
-            self._running = True
-            return [dict(engine.info) for engine in up]
+        with self._changing():
+            if not self._running:
+                self._running = True
+                for engine in self._roster:
+                    if engine.ended and not engine.removed:
+                        self._make_up_for(engine)
+        return [dict(engine.info) for engine in up]
+
+    def _make_up_for(self, engine: Engine) -> None:
+        """For one that ended before the run began: it may be minutes from when the engines are up
+        until the trainer is."""
+        if engine.info:
+            self._replace(engine)
+        else:
+            self._warn(f"{engine.reason}; not replaced: it never started")
 
     def _late(self, engine: Engine) -> str:
         if engine.has_process:
@@ -597,7 +611,6 @@ class Fleet:
         engine: Engine,
         reason: str,
         state: EngineState = EngineState.DEAD,
-        replace: bool = True,
     ) -> None:
         """Takes an engine out for good, and starts another in its place if there may be one more.
 
@@ -609,7 +622,7 @@ class Fleet:
         engine.reason = reason
         self._requests.engine_ended(engine)
         ray.kill(engine.actor)
-        if self._running and replace:
+        if self._running and not engine.removed:
             self._replace(engine)
 
     def _replace(self, engine: Engine) -> None:

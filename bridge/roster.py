@@ -50,6 +50,7 @@ class Engine:
     state: EngineState = EngineState.STARTING
     version: int | None = None  # the last it acknowledged
     reason: str = ""  # why it ended
+    removed: bool = False  # on purpose: nobody takes its place
     offered: bool = False  # whether the publisher was told of it
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what `start` returned
     said: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what `poll` returned last

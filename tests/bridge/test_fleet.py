@@ -173,17 +173,27 @@ def hurry(monkeypatch):
 
 @pytest.fixture
 def scripted(ray_cluster, monkeypatch, warnings, pids, made):
-    """make(engines, script, **settings): a fleet of scripted engines, up and serving."""
+    """make(engines, script, **settings): a fleet of scripted engines, up and serving; `meanwhile`
+    is called with it before it is waited for, as a trainer compiles then."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     monkeypatch.setattr(fleet_module, "actor_environment", lambda cpu: {})
 
-    def make(engines, script, engine=ScriptedEngine, serving=1, servers=(), **settings):
+    def make(
+        engines,
+        script,
+        engine=ScriptedEngine,
+        serving=1,
+        servers=(),
+        meanwhile=lambda fleet: None,
+        **settings,
+    ):
         settings = {"min_engines": engines, "max_engines": engines, "max_restarts": 0} | settings
         model = {"script": json.dumps(script).encode()}
         settings = FleetSettings(**settings)
         fleet = Fleet(settings, None, model, [], warnings.append, engine, servers)
         made.append(fleet)
         fleet.start()
+        meanwhile(fleet)
         pids[:] = [info["pid"] for info in fleet.wait_ready()]
         for name in fleet.members() if serving is not None else []:
             fleet.admit(name, serving)
@@ -485,6 +495,25 @@ def test_a_lost_engine_is_replaced_as_often_as_it_may_be(scripted, warnings):
     lose(fleet, "engine-1.2")
     assert "not replaced: vllm.max_restarts = 2" in warnings[2] and fleet.alive == ["engine-0"]
     assert fleet.wait_members() == [] and fleet.replaced == 2
+
+
+def test_an_engine_that_is_lost_while_the_trainer_compiles_is_replaced(scripted, warnings):
+    script = {"engine-1": {"commit": "die"}, "engine-3": {"start": "error"}}
+
+    def meanwhile(fleet):
+        wait_until(lambda: fleet.status()["fleet/loading"] == 3 and "engine-3" in fleet.failures)
+        lose(fleet, "engine-1")
+        fleet.remove("engine-2")
+        assert fleet.alive == ["engine-0"] and not warnings
+
+    fleet = scripted(1, script, max_engines=4, max_restarts=1, meanwhile=meanwhile)
+    assert fleet.alive == ["engine-0", "engine-1.1"] and fleet.serving == ["engine-0"]
+    assert len(warnings) == 2
+    assert "engine-1 died: " in warnings[0] and "engine-1.1 starts in its" in warnings[0]
+    assert "engine-3: torn; not replaced: it never started" in warnings[1]
+    assert fleet.wait_members() == ["engine-1.1"]
+    fleet.wait_ready()  # it is all said and done
+    assert len(warnings) == 2 and fleet.alive == ["engine-0", "engine-1.1"]
 
 
 @pytest.mark.parametrize("deed", ["hang", "error"])
