@@ -63,7 +63,14 @@ class Stored:
     host: dict[str, Any]
 
 
-def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    arrays: Any,
+    host: Mapping[str, Any],
+    keep: int,
+    whole: set[str] | None = None,
+) -> Path:
     """Writes the state after `step` and returns its directory, once every byte is on the disk.
 
     Of several processes this is the first one's part; the others call `save_shards` meanwhile.
@@ -72,8 +79,10 @@ def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int)
       root: the directory of this run's checkpoints, created if need be.
       arrays: a pytree of jax arrays, none of size zero.
       host: JSON-able values; numbers must be finite.
-      keep: checkpoints that stay, this one included. Older ones go only after this one has been
-        read back and found whole.
+      keep: whole checkpoints that stay, this one included. Older ones, and damaged ones, go only
+        after this one has been read back and found whole.
+      whole: names of checkpoints that are not read again, because they were found whole before;
+        those that are found now, this one too, are added.
 
     Raises:
       CheckpointError: the state was not written, and older checkpoints are as they were; or it
@@ -102,7 +111,9 @@ def save(root: Path, step: int, arrays: Any, host: Mapping[str, Any], keep: int)
         with contextlib.suppress(OSError):
             durable.remove(temporary)
         raise CheckpointError(_explain_failed_save(root, step, leaves, error)) from error
-    for path in _steps(root)[keep:]:
+    whole = set() if whole is None else whole
+    whole.add(final.name)
+    for path in _ended(root, keep, whole):
         try:
             durable.remove(path)
         except OSError as error:
@@ -292,6 +303,24 @@ def read_arrays(stored: Stored, names: Iterable[str]) -> dict[str, np.ndarray]:
             f"{stored.path}: Orbax cannot read {', '.join(wanted)}: {error}\n"
             f"Written with {stored.libraries}; installed are {_library_versions()}"
         ) from error
+
+
+def _ended(root: Path, keep: int, whole: set[str]) -> list[Path]:
+    """All but the newest `keep` whole checkpoints; none is read while there are no more than that.
+
+    A damaged one must not take the place of a whole one, which would be removed for it.
+    """
+    found, stay = _steps(root), 0
+    if len(found) <= keep:
+        return []
+    ended = []
+    for path in found:
+        if stay < keep and (path.name in whole or not _damage(path)):
+            whole.add(path.name)
+            stay += 1
+        else:
+            ended.append(path)
+    return ended
 
 
 def _damaged_from(root: Path, step: int) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +209,7 @@ class Checkpoints:
     learner: Learner
     run_dir: RunDir
     data_fingerprint: str
+    _whole: set[str] = field(default_factory=set)  # found so in this process
 
     def save(self, step: int, state: TrainState, own: Mapping[str, Any]) -> None:
         """`own`: what the kind of run needs beside the state to go on, JSON-able."""
@@ -221,7 +222,8 @@ class Checkpoints:
             "config": self.c.model_dump(mode="json"),
         }
         self.hosts.announce("save", step)
-        checkpoint.save(self.run_dir.checkpoints, step, state, host, self.c.checkpoint.keep)
+        folder, keep = self.run_dir.checkpoints, self.c.checkpoint.keep
+        checkpoint.save(folder, step, state, host, keep, self._whole)
 
     def newest(self) -> Restored | None:
         """The newest verified one; None: none was written yet.
@@ -237,6 +239,7 @@ class Checkpoints:
         if newest is None:
             print("no checkpoint was written yet: starting from the first step")
             return None
+        self._whole.add(newest.name)
         self.hosts.announce("restore", newest.name)
         restored = checkpoint.restore(newest, abstract(self.learner.state), rejected)
         for line in restored.rejected:

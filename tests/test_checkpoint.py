@@ -299,6 +299,44 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
 
 
+@pytest.mark.parametrize("keep, stay", [(1, [12]), (2, [9, 12]), (3, [8, 9, 12])])
+@pytest.mark.parametrize("harmed", [(10,), (10, 11)])
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(tmp_path, keep, stay, harmed):
+    """It is newer than the one that the run goes on from, and older than the next."""
+    for step in (7, 8, 9, *harmed):
+        save(tmp_path, step, state(step), {}, keep=5)
+    for step in harmed:
+        file = tmp_path / f"step_{step:08d}" / "host.json"
+        file.write_bytes(file.read_bytes()[:-1])
+    assert restore_newest(tmp_path, abstract(state(0))).step == 9
+    save(tmp_path, 12, state(12), {}, keep=keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{step:08d}" for step in stay]
+    for step in stay:
+        assert checkpoint.open_whole(tmp_path / f"step_{step:08d}").step == step
+
+
+def test_a_damaged_checkpoint_below_the_newest_takes_no_place_either(tmp_path):
+    for step in (8, 9, 10):
+        save(tmp_path, step, state(step), {}, keep=3)
+    (tmp_path / "step_00000009" / "host.json").unlink()
+    save(tmp_path, 11, state(11), {}, keep=3)
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [8, 10, 11]
+
+
+def test_a_checkpoint_that_was_found_whole_is_not_read_at_every_save(tmp_path, monkeypatch):
+    """Of a big model that takes minutes."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, state(step), {}, keep=3)
+    read, damage = [], durable.damage
+    monkeypatch.setattr(durable, "damage", lambda path: read.append(path.name) or damage(path))
+    whole = {"step_00000003"}
+    for step in (4, 5, 6):
+        save(tmp_path, step, state(step), {}, keep=3, whole=whole)
+    new = [f"tmp.step_{step:08d}" for step in (4, 5, 6)]
+    assert read == [new[0], "step_00000002", *new[1:]]
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 5, 6]
+
+
 def test_a_removal_that_is_killed_half_way_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1, state(1), {}, keep=1)
     rmtree = shutil.rmtree

@@ -246,6 +246,17 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
         np.testing.assert_array_equal(array, arrays(run, 6)[path], err_msg=path)
 
 
+def test_a_damaged_checkpoint_costs_no_whole_one(finished, choosy, tmp_path):
+    """It has another step than the next that is saved, which therefore does not replace it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step_00000006" / "host.json").unlink()
+    (run / "checkpoints" / "step_00000006").rename(run / "checkpoints" / "step_00000005")
+    train(*small(tmp_path, *choosy), "--resume")
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["step_00000004", "step_00000006"]
+
+
 def test_a_finished_run_says_so_instead_of_training_nothing(finished, choosy, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     said = refused(capsys, *small(tmp_path, *choosy), "--resume")
