@@ -174,7 +174,8 @@ def find_newest(root: Path) -> tuple[Path | None, list[str]]:
         raise CheckpointError(
             f"{root}: no checkpoint is whole:\n"
             + "".join(f"  {line}\n" for line in rejected)
-            + f"Bring back an intact copy, or remove {root} and start the run again"
+            + f"Bring back an intact copy, or remove {root}: --resume then starts from the first "
+            "step"
         )
     return None, []
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,10 @@ if TYPE_CHECKING:  # jax starts only when the configuration is known to be good
 
 def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts], int]) -> int:
     """A command line -> its exit code. The first process does `go`, the others `follow`."""
+    run_dir = None
     try:
         command = parse_command_line(arguments, kind)
+        run_dir = command.config.run_dir
         if command.dry_run:
             print(to_yaml(command.config) + "\n" + describe(command.config))
             return 0
@@ -39,12 +42,12 @@ def start(arguments: list[str], kind: type[C], go: Callable[[Command[C], Hosts],
         from jaxrl.hosts import join
         from jaxrl.led import follow
 
-        with join(command.config, report_error) as hosts:
+        with join(command.config, partial(report_error, run_dir=run_dir)) as hosts:
             code = go(command, hosts) if hosts.first else follow(command.config, hosts)
             hosts.end(code)
         return code
     except (RunError, KeyboardInterrupt) as error:
-        return report_error(error)
+        return report_error(error, run_dir)
 
 
 def divide_cpu_for(c: RunConfig) -> None:
@@ -56,25 +59,28 @@ def divide_cpu_for(c: RunConfig) -> None:
         divide_cpu(max(1, c.mesh.devices // (c.hosts.processes or 1)))
 
 
-def report_error(error: BaseException) -> int:
-    """Says what ended the run, and returns the exit code."""
+def report_error(error: BaseException, run_dir: Path | None) -> int:
+    """Says what ended the run, and returns the exit code. No `run_dir`: it was not known yet."""
     match error:
         case UserError():
             print(f"error: {error}", file=sys.stderr)
             return 2
         case RunError():
-            print(
-                f"error: {error}\nto go on from the newest checkpoint, add --resume",
-                file=sys.stderr,
-            )
+            print(f"error: {error}\n{_how_to_go_on(run_dir)}", file=sys.stderr)
             return 1
         case KeyboardInterrupt():
-            print(
-                "ended at once; to go on from the newest checkpoint, add --resume", file=sys.stderr
-            )
+            print(f"ended at once; {_how_to_go_on(run_dir)}", file=sys.stderr)
             return 128 + signal.SIGINT
     traceback.print_exception(error)
     return 1
+
+
+def _how_to_go_on(run_dir: Path | None) -> str:
+    if run_dir is None or not (run_dir / "config.yaml").exists():
+        return "nothing was written yet; start it again as it was"
+    if any((run_dir / "checkpoints").glob("step_*")):
+        return "to go on from the newest checkpoint, add --resume"
+    return "no checkpoint was written yet; --resume starts from the first step"
 
 
 def refuse_to_go_on_skipping(c: RunConfig, state: TrainState, step: int) -> None:

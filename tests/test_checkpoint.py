@@ -250,6 +250,7 @@ def test_no_checkpoints_is_none_and_only_damaged_ones_is_an_error(tmp_path):
         restore_newest(tmp_path, abstract(state(0)))
     for text in ("step_00000001: host.json: is missing", "step_00000002: host.json: is missing"):
         assert text in str(error.value)
+    assert f"or remove {tmp_path}: --resume then starts from the first step" in str(error.value)
 
 
 def test_leftovers_of_killed_saves_are_ignored_and_removed(two_steps, tmp_path):

@@ -257,6 +257,19 @@ def test_a_damaged_checkpoint_costs_no_whole_one(finished, choosy, tmp_path):
     assert left == ["step_00000004", "step_00000006"]
 
 
+def test_where_no_checkpoint_is_whole_the_way_out_works(finished, choosy, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in (run / "checkpoints").iterdir():
+        (path / "host.json").unlink()
+    again = small(tmp_path, *choosy, "--resume")
+    assert f"remove {run / 'checkpoints'}: --resume then starts from" in refused(capsys, *again)
+    shutil.rmtree(run / "checkpoints")
+    done = train(*again, "--run.steps=1")
+    assert "starting from the first step" in done.stdout
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000001"]
+
+
 def test_a_finished_run_says_so_instead_of_training_nothing(finished, choosy, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     said = refused(capsys, *small(tmp_path, *choosy), "--resume")
