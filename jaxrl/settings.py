@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
@@ -43,15 +43,21 @@ class Command(Generic[C]):
     arguments: tuple[str, ...]  # as given, without the flags
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML reads 1e-6 as text, since YAML 1.1 wants a dot; people and JSON do not. It also lets
     a key appear twice and keeps the last one, and reads the key `on` as true; here those are
-    errors."""
+    errors. 2026-11-22 is text: no key holds a date, and a run may be named after one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        if not isinstance(node, yaml.MappingNode):  # `!!map x`: an error with its line
+            return super().construct_mapping(node, deep)
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            text = isinstance(key_node, yaml.ScalarNode)
+            if not text or key_node.tag not in (f"{_TAG}str", f"{_TAG}merge"):
                 raise yaml.constructor.ConstructorError(
                     None, None, "expected a key that is text; quote it", key_node.start_mark
                 )
@@ -63,11 +69,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _or_text(construct: Callable[[_Loader, yaml.Node], Any]) -> Callable[[_Loader, yaml.Node], Any]:
+    """PyYAML raises whatever Python does at `0x_`, `!!int x` or `!!bool x`. They stay text, and the
+    check of the types says which key has it."""
+
+    def constructed(loader: _Loader, node: yaml.Node) -> Any:
+        try:
+            return construct(loader, node)
+        except (ValueError, LookupError, ArithmeticError):
+            return loader.construct_scalar(node)
+
+    return constructed
+
+
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+"),
+    f"{_TAG}float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor(f"{_TAG}timestamp", _Loader.construct_yaml_str)
+for _tag in (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float"):
+    _Loader.add_constructor(_tag, _or_text(_Loader.yaml_constructors[_tag]))
 
 
 def usage(kind: Kind) -> str:
@@ -218,6 +244,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is no character
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -272,7 +300,7 @@ def _read_value(key: str, text: str, kind: Kind) -> Any:
         return text
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         return text
 
 

@@ -372,6 +372,53 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
 
 
 @pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-4x", "1e-4x"),
+        ("1e5.", "1e5."),
+        ("0x_", "0x_"),  # matches YAML's integers, and is none
+        ("9" * 5000, "9" * 5000),  # more digits than Python converts
+        ("2026-13-45", "2026-13-45"),
+        ("2026-11-22", "2026-11-22"),
+        ("!!int x", "x"),
+        ("!!float ''", ""),
+        ("!!bool x", "x"),
+        ("!!timestamp x", "x"),
+        ("!!timestamp 2026-11-22", "2026-11-22"),
+    ],
+)
+def test_what_is_nearly_a_number_is_named_by_its_key_beside_other_mistakes(tmp_path, text, value):
+    expected = [
+        f"optimizer.learning_rate = {value!r}: expected number",
+        "run.stepz: unknown key; did you mean 'run.steps'?",
+    ]
+    content = yaml.safe_dump(tree(run__stepz=1))
+    file = content + f"optimizer: {{learning_rate: {text}}}\n"
+    assert sorted(problems(tmp_path, file)) == expected
+    override = ("optimizer.learning_rate", text)
+    assert sorted(problems(tmp_path, content, override)) == expected
+
+
+@pytest.mark.parametrize("text", ["2026-11-22", "1e-4x", "!!timestamp 2026-11-22", "!!int x"])
+def test_such_text_may_stand_where_text_is_expected(tmp_path, text):
+    content = yaml.safe_dump(MINIMAL).replace("name: a", f"name: {text}")
+    assert load_tree(tmp_path, content).run.name == text.split()[-1]
+    assert load_tree(tmp_path, to_yaml(load_tree(tmp_path, content))).run.name == text.split()[-1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!map x", "!!set [a]", "{? !!str [a] : b}", '"\\UFFFFFFFF"', '"\\U00110000"', "!!foo x"],
+)
+def test_values_that_yaml_cannot_make_are_one_message(tmp_path, value):
+    file = yaml.safe_dump(MINIMAL) + f"optimizer: {{learning_rate: {value}}}\n"
+    (found,) = problems(tmp_path, file)
+    assert "not valid YAML" in found
+    (found,) = problems(tmp_path, tree(), ("optimizer.learning_rate", value))
+    assert found == f"optimizer.learning_rate = {value!r}: expected number"
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--rollout.group_size", "4"],

@@ -189,6 +189,11 @@ BROKEN = {
     "base": ({"config": "nowhere.yaml"}, "nowhere.yaml: there is no such file"),
     "typo": ({"runs": {"a": {}, "b": {"algorithm.preset": "gppo"}}}, "runs b: "),
     "own key": ({"runs": {"a": {"run.seed": 3}}}, "runs.a: run.seed"),
+    "number": ({"set": {"optimizer.learning_rate": "1e-4x"}}, "'1e-4x': expected number"),
+    "day": (  # written out, since YAML's own writer would quote it
+        yaml.safe_dump(FILE).replace("seeds:\n- 0", "seeds: [2026-13-45]"),
+        "seeds.0: Input should be a valid integer",
+    ),
     "section": ({"set": {"rollout": {"mode": "overlap"}}}, "set: rollout"),
     "contradiction": ({"runs": {"a": {"rollout.mode": "overlap"}}}, "rollout.engine = inprocess"),
 }
