@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ _QUARANTINES = 2  # of engines in one place, and it is left empty: it is not the
 _EXAMINE_SHARE = 0.9  # of the time for an answer, so that one who is late can say so
 _POLL_S = 0.5  # for which an engine with nothing new to say keeps its answer
 _TURN_S = 0.2  # between two looks at the deadlines, at most
+_REACH_S = 5.0  # for a Ray cluster to take a connection
 _NODE_DIED = "its node has died"  # of Ray's account of a dead actor
 _LONG_TURN_S = 1.0  # what a turn counts at most: a driver that was stopped finds no engine late
 
@@ -198,6 +200,7 @@ class Fleet:
             return
         quiet = {"log_to_driver": False, "logging_level": "error"}
         if self._settings.ray_address is not None:
+            _require_listener(self._settings.ray_address)
             try:
                 with _own_sigterm():
                     ray.init(address=self._settings.ray_address, **quiet)
@@ -685,6 +688,24 @@ def _own_sigterm() -> Iterator[None]:
     yield
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _require_listener(address: str) -> None:
+    """Ray would try an address where nobody is for minutes, without a word and deaf to Ctrl-C.
+
+    Raises:
+      FleetError: `address` is HOST:PORT, and nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():  # "auto", or Ray finds out by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, UnicodeError) as error:  # the latter of what can be no name
+        raise FleetError(
+            f"no Ray cluster at {address} ({getattr(error, 'strerror', None) or error}); is "
+            "vllm.ray_address right, and the port open?"
+        ) from error
 
 
 def _outcome(reference: Any) -> Any:

@@ -1005,7 +1005,7 @@ def _contradictions_of_rollouts(c: Config) -> list[str]:
             f"rollout.too_old = {c.rollout.too_old} with rollout.mode = {mode}: nothing is ever "
             "too old there; leave it out, or set rollout.mode = continuous"
         )
-    found += _contradictions_of_servers(c)
+    found += _contradictions_of_servers(c) + _faults_of_ray(c.vllm.ray_address)
     if c.vllm.min_engines > c.vllm.max_engines:
         found.append(
             f"vllm.engines: min = {c.vllm.min_engines} is more than max = {c.vllm.max_engines}"
@@ -1155,6 +1155,18 @@ def _faults_of_url(shuttle_dir: str) -> list[str]:
             "*, [ or ], which storages take for patterns"
         ]
     return []
+
+
+def _faults_of_ray(address: str | None) -> list[str]:
+    if address is None or address in ("auto", "local") or "://" in address:  # Ray's own words
+        return []
+    host, _, port = address.rpartition(":")
+    if host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16:
+        return []
+    return [
+        f"vllm.ray_address = {address}: expected HOST:PORT, for example ray-head:6379, or auto; a "
+        "port is a number below 65536"
+    ]
 
 
 def _contradictions_of_hosts(c: HostsSection) -> list[str]:

@@ -199,6 +199,16 @@ def test_keys_that_contradict_each_other_are_told_with_the_way_out(tmp_path, cha
 
 
 @pytest.mark.parametrize(
+    "address", ["", "ray-head", "ray-head:", ":6379", "head:ray", "head:65536"]
+)
+def test_a_ray_address_is_host_and_port(tmp_path, address):
+    (line,) = problems(tmp_path, tree(vllm__ray_address=address))
+    assert line.startswith(f"vllm.ray_address = {address}: expected HOST:PORT"), line
+    for right in ("auto", "ray-head:6379", "[::1]:6379", "ray://head:10001"):
+        assert load_tree(tmp_path, tree(vllm__ray_address=right)).vllm.ray_address == right
+
+
+@pytest.mark.parametrize(
     "key, value",
     [
         ("rollout.group_size", "8"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -702,6 +703,33 @@ def test_a_model_that_vllm_refuses_is_one_clear_sentence(ray_cluster, tiny, engi
     finally:
         fleet.close()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The addresses that Ray is asked to join; it is not, and it is as if there were none yet."""
+    asked = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    return asked
+
+
+def test_a_ray_cluster_that_is_not_there_is_named_before_ray_tries_it(asked, tiny):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"127.0.0.1:{server.getsockname()[1]}"
+        for address in (there, "auto", "ray://nobody.invalid:10001"):
+            connect(tiny, address)
+    assert asked == [there, "auto", "ray://nobody.invalid:10001"]
+    for address in (there, "no..host:6379"):  # nobody listens there now; it is no name
+        with pytest.raises(FleetError, match=r"^no Ray cluster at .*is vllm.ray_address") as error:
+            connect(tiny, address)
+        assert address in str(error.value) and "\n" not in str(error.value)
+    assert len(asked) == 3
+
+
+def connect(tiny, address):
+    settings = FleetSettings(max_engines=0, ray_address=address)
+    Fleet(settings, None, tiny.files(), [])._connect()
 
 
 class ScriptedServer(ScriptedEngine):
