@@ -37,6 +37,7 @@ _EXAMINE_SHARE = 0.9  # of the time for an answer, so that one who is late can s
 _POLL_S = 0.5  # for which an engine with nothing new to say keeps its answer
 _TURN_S = 0.2  # between two looks at the deadlines, at most
 _REACH_S = 5.0  # for a Ray cluster to take a connection
+_LEAST_SHARE = 1e-4  # of a GPU, that Ray counts
 _NODE_DIED = "its node has died"  # of Ray's account of a dead actor
 _LONG_TURN_S = 1.0  # what a turn counts at most: a driver that was stopped finds no engine late
 
@@ -222,6 +223,24 @@ class Fleet:
                     **quiet,
                 )
         self._owns_ray = True
+        if self._settings.ray_address is None and (lacking := self._lacking_gpus()):
+            self.close()
+            raise FleetError(lacking)
+
+    def _lacking_gpus(self) -> str:
+        """Why this machine, to which no other can be added, is too small for the run, or nothing.
+
+        CPUs are only counted, and what the engines ask of them is always there.
+        """
+        each, there = self._settings.gpus_per_engine, ray.cluster_resources().get("GPU", 0.0)
+        engines = max(0, self._settings.min_engines - len(self._servers))
+        if each * engines <= there + _LEAST_SHARE:
+            return ""
+        return (
+            f"this machine has {there:g} GPUs, and {engines} engine(s) of {each:g} need "
+            f"{each * engines:g}; set vllm.gpus_per_engine: 0 for vLLM's CPU build, lower "
+            "vllm.engines, or name a cluster in vllm.ray_address"
+        )
 
     def wait_ready(self) -> list[dict[str, Any]]:
         """Waits for `min_engines` to be up; returns what each that is says of itself.
@@ -264,13 +283,17 @@ class Fleet:
 
     def _late(self, engine: Engine) -> str:
         if engine.has_process:
-            return f"{engine.name} did not finish before its deadline: starting"
+            return (
+                f"{engine.name} did not finish before its deadline: starting; raise "
+                f"vllm.start_timeout_s ({self._settings.start_timeout_s:g}) if it only needs longer"
+            )
         waited = f"{engine.name} has no process after {self._settings.start_timeout_s:g} s"
         if engine.slot < len(self._servers):
             return f"{waited}: Ray did not start one, though it needs no CPU and no GPU"
         return (
             f"{waited}: has a node of Ray {self._settings.cpus_per_engine:g} CPUs and "
-            f"{self._settings.gpus_per_engine:g} GPUs free? Add nodes, or lower vllm.engines"
+            f"{self._settings.gpus_per_engine:g} GPUs free? Add nodes, lower vllm.engines, "
+            "or set vllm.gpus_per_engine (0 for vLLM's CPU build)"
         )
 
     def members(self) -> list[str]:

@@ -418,8 +418,11 @@ def test_an_engine_without_room_is_waited_for_and_not_late(scripted, made):
     assert fleet.status()["fleet/starting"] == 1 and fleet.alive == ["engine-0", "engine-1"]
     assert_each_came_back_once(generate(fleet, 4), 4)
     fleet.close()
-    with pytest.raises(FleetError, match=r"engine-1 has no process after 8 s.* CPUs and 0 GPUs"):
+    with pytest.raises(
+        FleetError, match=r"engine-1 has no process after 8 s.* CPUs and 0 GPUs"
+    ) as late:
         scripted(2, {}, cpus_per_engine=room, start_timeout_s=8.0)
+    assert "lower vllm.engines, or set vllm.gpus_per_engine" in str(late.value)
     fleet = made[-1]
     time.sleep(1)  # nobody ended it for that
     assert fleet.failures == {}
@@ -555,6 +558,7 @@ def test_an_engine_that_does_not_start_is_named(scripted, hurry, warnings, deed,
         timeout_s = 15.0 if deed == "hang" else 60.0
         scripted(2, {"engine-1": {"start": deed}}, start_timeout_s=timeout_s, max_restarts=3)
     assert "engine-0" not in str(failure.value) and not warnings  # nothing is tried again
+    assert ("raise vllm.start_timeout_s (15)" in str(failure.value)) == (deed == "hang")
 
 
 class FetchingEngine(ScriptedEngine):
@@ -730,6 +734,24 @@ def test_a_ray_cluster_that_is_not_there_is_named_before_ray_tries_it(asked, tin
 def connect(tiny, address):
     settings = FleetSettings(max_engines=0, ray_address=address)
     Fleet(settings, None, tiny.files(), [])._connect()
+
+
+@pytest.mark.parametrize("servers, there, enough", [(0, 0, False), (0, 2, True), (2, 0, True)])
+def test_a_machine_with_too_few_gpus_is_refused_at_once(
+    asked, monkeypatch, tiny, servers, there, enough
+):
+    """Of engines: {min: 2, max: 8}, servers included, the least must have theirs."""
+    ended = []
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": there} if there else {})
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    settings = FleetSettings(min_engines=2, max_engines=8, gpus_per_engine=1)
+    fleet = Fleet(settings, None, tiny.files(), [], servers=["http://a:1", "http://b:2"][:servers])
+    if enough:
+        fleet._connect()
+    else:
+        with pytest.raises(FleetError, match=r"has 0 GPUs, and 2 engine\(s\) of 1 need 2; set "):
+            fleet._connect()
+    assert asked == ["local"] and ended == [True] * (not enough)
 
 
 class ScriptedServer(ScriptedEngine):
