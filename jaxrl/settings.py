@@ -69,11 +69,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _or_text(construct: Callable[[_Loader, yaml.Node], Any]) -> Callable[[_Loader, yaml.Node], Any]:
+def _or_text(construct: Callable[[_Loader, Any], Any]) -> Callable[[_Loader, Any], Any]:
     """PyYAML raises whatever Python does at `0x_`, `!!int x` or `!!bool x`. They stay text, and the
     check of the types says which key has it."""
 
-    def constructed(loader: _Loader, node: yaml.Node) -> Any:
+    def constructed(loader: _Loader, node: yaml.ScalarNode) -> Any:
         try:
             return construct(loader, node)
         except (ValueError, LookupError, ArithmeticError):
