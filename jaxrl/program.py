@@ -1,7 +1,7 @@
 """What running has in common, whatever is trained: a command line -> an exit code.
 
 Exit codes: 0 done; 1 the run could not go on; 2 a mistake in the configuration, a file or the
-command line; 128 + n ended by signal n, after a checkpoint.
+command line; 128 + n ended by signal n, after a checkpoint if a step was under way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from jaxrl.config import RunConfig
 from jaxrl.cpu import divide_cpu
-from jaxrl.interrupt import Interrupt
+from jaxrl.interrupt import EndedAtOnce, Interrupt
 from jaxrl.settings import C, Command, describe, parse_command_line, to_yaml
 from jaxrl.types import RunError, UserError
 
@@ -70,7 +70,8 @@ def report_error(error: BaseException, run_dir: Path | None) -> int:
             return 1
         case KeyboardInterrupt():
             print(f"ended at once; {_how_to_go_on(run_dir)}", file=sys.stderr)
-            return 128 + signal.SIGINT
+            number = error.signal if isinstance(error, EndedAtOnce) else signal.SIGINT
+            return 128 + number
     traceback.print_exception(error)
     return 1
 

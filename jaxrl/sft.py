@@ -67,6 +67,7 @@ def run(
         parts.log.step(0, {"eval/nll": evaluate(parts, state)})
     examples = parts.stream.take(c.sft.sequences_per_step)
     batch = pack_examples(examples, c, parts.key_cost)
+    interrupted.begin()
     for step in range(first_step + 1, c.run.steps + 1):
         clock, trained, tokens = Clock(), examples, np.count_nonzero(batch.group_BT)
         metrics: dict[str, Any] = {"pack/efficiency": float(tokens / batch.group_BT.size)}
@@ -149,7 +150,7 @@ def fine_tune(command: Command[SftConfig], hosts: Hosts) -> int:
     n = c.sft.sequences_per_step
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
-        interrupt = cleanup.enter_context(Interrupt().listening())
+        interrupt = cleanup.enter_context(Interrupt(starting=True).listening())
         hosts.on_interrupt = interrupt.asked_elsewhere
         hosts.announce("run_dir", run_dir.holder)
 

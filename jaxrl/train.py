@@ -144,6 +144,7 @@ def run(
     clock, step, saved, alarms = Clock(), first_step, first_step, Alarms(c.alarm)
     collector.serve(version, publishing)
 
+    interrupted.begin()
     for step in range(first_step + 1, c.run.steps + 1):
         try:
             taken = collector.take(version)
@@ -296,7 +297,7 @@ def train(command: Command[Config], hosts: Hosts) -> int:
     check_shuttle(c, new_run=not command.resume)
     with contextlib.ExitStack() as cleanup:
         run_dir = cleanup.enter_context(open_run(c.run_dir, to_yaml(c), command.resume))
-        interrupt = cleanup.enter_context(Interrupt().listening())
+        interrupt = cleanup.enter_context(Interrupt(starting=True).listening())
         hosts.on_interrupt = interrupt.asked_elsewhere
         hosts.announce("run_dir", run_dir.holder)
         # Engines take seconds to start, and Ray forks: both want to be ahead of jax.

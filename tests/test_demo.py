@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,38 @@ def test_a_person_sees_progress_and_where_everything_is(demo):
 def test_no_process_outlives_the_run(demo):
     *_, marker = demo
     assert survivors(marker) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_run_whose_engines_do_not_start(tmp_path, number):
+    """There is no GPU for them, which Ray waits for."""
+    started = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jaxrl.train", "--config", "configs/arithmetic.yaml"),
+            *("--run.dir", str(tmp_path), "--vllm.gpus_per_engine", "1"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XLA_FLAGS": "",
+            "CUDA_VISIBLE_DEVICES": "",
+            "JAXRL_TEST_RUN": str(tmp_path),
+        },
+    )
+    with started as process:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "arithmetic" / "ledger.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(2)
+        process.send_signal(number)
+        try:
+            shown = process.communicate(timeout=100)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number, shown
+    assert "ended at once; no checkpoint was written yet" in shown and "Traceback" not in shown
+    assert not survivors(f"JAXRL_TEST_RUN={tmp_path}")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import signal
 import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import Config
+from jaxrl.interrupt import Interrupt
 from jaxrl.ledger import Ledger, replay
 from jaxrl.rewards import Reward
 from jaxrl.train import Parts, run
@@ -36,7 +38,7 @@ class Run:
         self.cursor = 0
         self.version, self.drawn_before = 0, version_drawn
         self.skipped, self.interrupt_at = skipped, interrupt_at
-        self.interrupt = SimpleNamespace(signal=None)
+        self.interrupt = Interrupt()
         self.saved: dict | None = None
         self.published = self.publish
         self.left_behind = lambda prompt: 0
@@ -199,6 +201,28 @@ def test_a_signal_while_the_engines_sample_lets_that_step_end(tmp_path):
     ]
     assert events[-4:] == [("update", 3), ("publish", 4), ("log", 3), ("save", 3)]
     assert stand_ins.ended == 3
+
+
+@pytest.mark.parametrize("version, updates", [(1, 0), (2, 1)])
+def test_until_the_first_step_begins_a_signal_ends_at_once(tmp_path, version, updates):
+    """It comes with the publish of this version: the first is ahead of all steps, the second is a
+    part of the first step."""
+    stand_ins = Run()
+    stand_ins.interrupt = Interrupt(starting=True)
+
+    def publish(params, number):
+        if number == version:
+            signal.raise_signal(signal.SIGTERM)
+        return stand_ins.publish(params, number)
+
+    stand_ins.published = publish
+    with stand_ins.interrupt.listening():
+        if updates:
+            stand_ins.go(tmp_path)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                stand_ins.go(tmp_path)
+    assert sum(event[0] == "update" for event in stand_ins.events) == updates
 
 
 def test_a_run_that_skips_too_often_ends_before_it_reports_or_saves_that_step(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl.config import Config
+from jaxrl.interrupt import EndedAtOnce
 from jaxrl.program import start
 from jaxrl.types import RunError
 
@@ -23,7 +24,12 @@ def ended(error: BaseException, folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "error, code", [(RunError("it broke"), 1), (KeyboardInterrupt(), 128 + signal.SIGINT)]
+    "error, code",
+    [
+        (RunError("it broke"), 1),
+        (KeyboardInterrupt(), 128 + signal.SIGINT),
+        (EndedAtOnce(signal.SIGTERM), 128 + signal.SIGTERM),
+    ],
 )
 @pytest.mark.parametrize(
     "left, expected",
