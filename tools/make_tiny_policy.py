@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ from jaxrl.models.config import load_config
 from jaxrl.models.decoder import Params, Policy, init_params
 from jaxrl.models.params import param_specs
 from jaxrl.sampler import InProcessEngine
-from jaxrl.types import Prompt, Sampling
+from jaxrl.types import Prompt, Sampling, UserError
+from tools.options import check_directory, count
 
 TASK = "chain_sum"
 TASK_ARGS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
@@ -42,13 +44,19 @@ BATCH = 512
 LEARNING_RATE = 3e-3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the demo's starting policy")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_tiny_policy", description="Makes the demo's starting policy"
+    )
     parser.add_argument("--out", type=Path, default=Path("configs/tiny_policy"))
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=count, default=450)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        check_directory("--out", options.out)
+    except UserError as error:
+        print(f"tools.make_tiny_policy: {error}", file=sys.stderr)
+        return 2
 
     tokenizer = train_tokenizer(options.seed)
     tokenizer.save(str(options.out / "tokenizer.json"))
@@ -60,6 +68,7 @@ def main() -> None:
     save_model(export(params), options.out, options.out)
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(f"{options.out}: {size / 1e6:.2f} MB")
+    return 0
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -210,4 +219,4 @@ def accuracy(policy: Policy, params: Params, tokenizer: Tokenizer) -> tuple[floa
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

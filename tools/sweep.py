@@ -43,6 +43,7 @@ from jaxrl.config import Config, Section
 from jaxrl.rundir import RunDirError, accept_changes
 from jaxrl.settings import ConfigError, load, read_yaml, to_yaml
 from jaxrl.types import UserError
+from tools.options import check_directory
 
 GRACE_S = 120.0  # for a run that is told to end: its step, and a checkpoint
 OWN_KEYS = ("run.name", "run.dir", "run.seed")
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweep = read(options.file)
         runs = plan(options.file, sweep, out, options.only)
+        check_directory("--out", out)
         finished = {run.directory for run in runs if is_finished(run)}
     except UserError as error:
         print(f"tools.sweep: {error}", file=sys.stderr)

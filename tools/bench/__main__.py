@@ -27,6 +27,7 @@ from pathlib import Path
 from jaxrl.cpu import divide_cpu
 from jaxrl.types import UserError
 from tools.mesh_option import parse_mesh
+from tools.options import check_file, count
 
 FIXED = ("train", "sample", "logprobs", "step", "loss")
 
@@ -41,19 +42,19 @@ def main() -> int:
         choices=[*FIXED, "update", "sampler", "convert", "publish", "load", "delta", "fleet"],
     )
     add("--size", choices=["s", "m"], default="s", help="s: 4 layers of 256; m: 8 layers of 512")
-    add("--prompts", type=_count, default=8)
-    add("--prompt-tokens", type=_count, default=16)
-    add("--group", type=_count, default=8, help="completions of each prompt")
-    add("--new", type=_count, default=32, help="tokens of a completion")
+    add("--prompts", type=count, default=8)
+    add("--prompt-tokens", type=count, default=16)
+    add("--group", type=count, default=8, help="completions of each prompt")
+    add("--new", type=count, default=32, help="tokens of a completion")
     add("--ragged", action="store_true", help="completions of 1 to --new tokens")
-    add("--repeat", type=_count, default=7, help="measurements, after one to warm up")
+    add("--repeat", type=count, default=7, help="measurements, after one to warm up")
     add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     add(
         "--gigabytes",
         type=float,
         help="of bfloat16 weights; convert: 4, publish and load: 1, delta: 0.5",
     )
-    add("--workers", type=_count, default=1, help="publish: that stage each version")
+    add("--workers", type=count, default=1, help="publish: that stage each version")
     add(
         "--held",
         choices=["float32", "bfloat16"],
@@ -67,7 +68,7 @@ def main() -> int:
         metavar="GB/S",
         help="publish: parameters come to the host no faster than this",
     )
-    add("--bucket-mib", type=_count, default=256, help="publish: of a buffer on the wire")
+    add("--bucket-mib", type=count, default=256, help="publish: of a buffer on the wire")
     add(
         "--channels",
         nargs="+",
@@ -75,7 +76,7 @@ def main() -> int:
         default=["object_store", "shuttle"],
         help="publish: through these",
     )
-    add("--files", type=_count, default=4, help="convert: that hold the weights")
+    add("--files", type=count, default=4, help="convert: that hold the weights")
     add(
         "--mesh",
         type=parse_mesh,
@@ -124,6 +125,8 @@ def main() -> int:
             else:
                 {"update": parts.bench_update, "sampler": parts.bench_sampler}[options.what]()
             return 0
+        if options.json is not None:
+            check_file("--json", options.json)
         from tools.bench.work import Work, bench
 
         divide_cpu(options.mesh.devices)
@@ -155,13 +158,6 @@ def _rate(text: str) -> float:
     if not rate > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return rate
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return count
 
 
 if __name__ == "__main__":

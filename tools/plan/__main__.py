@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxrl.settings import ConfigError, load, overrides
 from jaxrl.types import UserError
+from tools.options import check_file
 from tools.plan.topology import choose, open_target, set_environment
 
 
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parse(arguments)
         c = load(options.config, list(overrides(rest)))
         name = choose(options.topology, options.chips, c)
+        if options.json is not None:
+            check_file("--json", options.json)
         set_environment(name, c)
         from tools.plan.plan import make_plan
 
