@@ -57,6 +57,27 @@ def test_what_is_there_already_stays_as_it_is(tmp_path):
     assert list((tmp_path / "new" / "one").iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["delta", "publish", "load", "convert"])
+@pytest.mark.parametrize("gigabytes", ["0", "-1", "nan", "inf"])
+def test_a_benchmark_measures_no_other_size_than_it_is_told(what, gigabytes, capsys, monkeypatch):
+    begin = f"tools.bench.{'parts' if what == 'convert' else what}.bench_{what}"
+    monkeypatch.setattr(begin, work)
+    monkeypatch.setattr(sys, "argv", ["x", what, f"--gigabytes={gigabytes}"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert f"--gigabytes: {gigabytes} is not above 0" in capsys.readouterr().err
+
+
+def test_a_size_above_0_is_the_one_that_is_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr("tools.bench.delta.bench_delta", measured.append)
+    for given in (["--gigabytes=0.25"], []):
+        monkeypatch.setattr(sys, "argv", ["x", "delta", *given])
+        assert bench.main() == 0
+    assert measured == [125_000_000, 250_000_000]  # elements of two bytes; 0.5 GB by default
+
+
 @pytest.mark.parametrize("steps", ["0", "-1"])
 def test_the_tiny_policy_wants_at_least_a_step(steps, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tools.make_tiny_policy.train_tokenizer", work)

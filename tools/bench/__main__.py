@@ -21,6 +21,7 @@ between measurements of a plain matrix product, and what counts is the ratio.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def main() -> int:
     add("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     add(
         "--gigabytes",
-        type=float,
+        type=_above_0,
         help="of bfloat16 weights; convert: 4, publish and load: 1, delta: 0.5",
     )
     add("--workers", type=count, default=1, help="publish: that stage each version")
@@ -64,7 +65,7 @@ def main() -> int:
     add("--far", action="store_true", help="publish: workers on a Ray node of their own")
     add(
         "--device-gbs",
-        type=_rate,
+        type=_above_0,
         metavar="GB/S",
         help="publish: parameters come to the host no faster than this",
     )
@@ -153,11 +154,11 @@ def main() -> int:
         return 2
 
 
-def _rate(text: str) -> float:
-    rate = float(text)
-    if not rate > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return rate
+def _above_0(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0, or not finite")
+    return number
 
 
 if __name__ == "__main__":
