@@ -19,6 +19,7 @@ LAYERS = [  # a module imports only from rows above its own
         "bridge.delta",
         "bridge.guard",
         "bridge.engines.errors",
+        "bridge.engines.sockets",
     ],
     [
         "bridge.beam",

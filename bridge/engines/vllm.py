@@ -31,6 +31,7 @@ from bridge.engines.errors import (
 )
 from bridge.engines.intake import Intake, siblings
 from bridge.engines.sampling import check_tokens, sampling_of, sampling_params
+from bridge.engines.sockets import SocketFolder
 from bridge.guard import guarded
 from jaxrl.types import MOST_BEAMS, Sampling
 
@@ -39,6 +40,7 @@ _POLL_S = 0.01
 _EXAMINE_S = 0.02  # for which decoding waits at a time while the model is examined
 _FINISHED = ("stop", "length")
 _LOG_TAIL_BYTES = 65536
+_SOCKETS = "VLLM_RPC_BASE_PATH"  # of the environment; has the folder that vLLM puts sockets into
 _LOGGED_ERROR = re.compile(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)
 
 
@@ -100,6 +102,7 @@ class VllmEngine:
         self._model = model
         self._llm: Any = None
         self._counters: Any = None
+        self._sockets: SocketFolder | None = None  # None: they lie where vLLM puts them
         self._intake = Intake(self._samples)
         self._vocab_size = 0
         self._version: int | None = None  # acknowledged; None until weights were loaded
@@ -117,6 +120,7 @@ class VllmEngine:
         """
         started = time.perf_counter()
         try:
+            self._make_socket_folder()
             import vllm
 
             with guarded():
@@ -142,6 +146,14 @@ class VllmEngine:
             "pid": os.getpid(),
             "node": os.uname().nodename,
         }
+
+    def _make_socket_folder(self) -> None:
+        """vLLM and the processes that it starts read the environment, and remove no socket."""
+        if _SOCKETS in os.environ:
+            return
+        with contextlib.suppress(OSError):  # nobody needs a folder to start an engine
+            self._sockets = SocketFolder()
+            os.environ[_SOCKETS] = str(self._sockets.path)
 
     async def _build(self) -> None:
         from vllm.config import WeightTransferConfig
@@ -541,6 +553,10 @@ class VllmEngine:
         self._intake.close()
         if llm is not None:
             llm.shutdown()
+        if self._sockets is not None:
+            self._sockets.close()
+            self._sockets = None
+            os.environ.pop(_SOCKETS, None)
 
     async def _run(self, tokens: list[int], params: Any) -> Any:
         from vllm.inputs import tokens_input
