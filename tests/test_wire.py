@@ -290,6 +290,17 @@ def test_a_consistent_manifest_of_absurd_size_is_refused():
         Manifest.from_json(signed(raw))
 
 
+@pytest.mark.parametrize("elements", [2**50, 2**70])
+def test_a_difference_of_a_tensor_of_absurd_size_is_refused(elements):
+    """Whoever receives it makes room for the tensor."""
+    raw = honest()
+    one = raw["tensors"][0] | {"shape": [elements], "nbytes": 10, "encoding": "delta"}
+    raw |= {"version": 8, "base": {"version": 7, "digest": "0" * 64}}
+    raw |= {"tensors": [one], "bucket_bytes": [10]}
+    with pytest.raises(WireError, match="promises more than"):
+        Manifest.from_json(signed(raw))
+
+
 def test_a_count_of_tensors_beyond_the_limit_is_refused(monkeypatch):
     monkeypatch.setattr(wire, "MAX_TENSORS", 2)
     with pytest.raises(WireError, match="more than 2 tensors"):

@@ -1,9 +1,11 @@
 """Hugging Face directories, read and written: real files, made here byte by byte."""
 
+import errno
 import gc
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -592,6 +594,25 @@ def test_a_save_replaces_all_of_an_older_one_and_may_be_its_source(source, weigh
     save_model(host_tensors(weights), source, source)
     names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(p.name for p in source.iterdir()) == names
+
+
+def test_what_cannot_be_removed_spoils_no_save_and_none_after_it(
+    source, tmp_path, weights, monkeypatch
+):
+    """As a file on NFS that a server on the same host has mapped."""
+    target, real = tmp_path / "target", shutil.rmtree
+
+    def rmtree(path, *args, **kwargs):
+        if (Path(path) / "held").exists():
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    for mark in ("first", "second", "third"):
+        save_model(host_tensors(weights), source, target)
+        assert not (target / "held").exists() and (target / "model.safetensors").exists(), mark
+        (target / "held").touch()
+    assert len(list(tmp_path.glob("tmp.*"))) == 2  # those that could not be removed
 
 
 def test_a_name_twice_is_refused(source, tmp_path, weights):
