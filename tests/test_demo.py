@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,11 +100,13 @@ def test_no_process_outlives_the_run(demo):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_a_run_whose_engines_do_not_start(tmp_path, number):
-    """There is no GPU for them, which Ray waits for."""
+    """The server answers nothing, which the run waits for."""
+    silent = socket.create_server(("127.0.0.1", 0))
     started = subprocess.Popen(
         [
             *(sys.executable, "-m", "jaxrl.train", "--config", "configs/arithmetic.yaml"),
-            *("--run.dir", str(tmp_path), "--vllm.gpus_per_engine", "1"),
+            *("--run.dir", str(tmp_path), "--publish.channel", "shuttle", "--vllm.engines", "0"),
+            *("--vllm.servers", f"[http://127.0.0.1:{silent.getsockname()[1]}]"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,11 +115,10 @@ def test_one_signal_ends_a_run_whose_engines_do_not_start(tmp_path, number):
         env={
             **os.environ,
             "XLA_FLAGS": "",
-            "CUDA_VISIBLE_DEVICES": "",
             "JAXRL_TEST_RUN": str(tmp_path),
         },
     )
-    with started as process:
+    with silent, started as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "arithmetic" / "ledger.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline
