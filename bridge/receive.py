@@ -158,10 +158,9 @@ class Receiver:
 
     def _note(self, manifest: Manifest, why: str) -> None:
         if self._own is None:
-            nbytes = sum(entry.size for entry in manifest.tensors)
             _LOG.warning(
                 f"weight version {manifest.version}: this process makes a copy of its own, of "
-                f"{nbytes} bytes, until it can share one with the others of this node: {why}"
+                f"{manifest.size} bytes, until it can share one with the others of this node: {why}"
             )
 
     def _had(self, copy: Copy, newest: Fetched, ticket: Ticket, end: float) -> Received | None:
@@ -218,10 +217,9 @@ def _copy(manifest: Manifest) -> Copy:
     try:
         return Copy(manifest)
     except (OSError, OverflowError) as error:
-        nbytes = sum(entry.size for entry in manifest.tensors)
         raise ChannelError(
-            f"weight version {manifest.version}: there is no memory for its {nbytes} bytes in this "
-            f"process: {error}"
+            f"weight version {manifest.version}: there is no memory for its {manifest.size} bytes "
+            f"in this process: {error}"
         ) from error
 
 

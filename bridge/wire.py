@@ -103,7 +103,13 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
+        """That travel."""
         return sum(self.bucket_bytes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors)
 
     def to_json(self) -> str:
         return json.dumps(self, default=_fields, separators=(",", ":"))
@@ -136,8 +142,7 @@ class Manifest:
 
     def check(self) -> None:
         """Raises WireError unless the entries tile the buckets and agree with the digest."""
-        sizes = [entry.size for entry in self.tensors if entry.dtype in ITEM_BYTES]
-        if max(self.nbytes, sum(sizes)) > MAX_BYTES:
+        if self.nbytes > MAX_BYTES:
             raise WireError(f"version {self.version}: promises more than {MAX_BYTES} bytes")
         if self.base is not None and self.base.version >= self.version:
             raise WireError(f"version {self.version}: cannot be based on {self.base.version}")
@@ -173,6 +178,8 @@ class Manifest:
                 f"version {self.version}: the tensors fill {ends} bytes of buckets that are said "
                 f"to have {list(self.bucket_bytes)}"
             )
+        if self.size > MAX_BYTES:  # which a receiver makes room for, however little arrives
+            raise WireError(f"version {self.version}: promises more than {MAX_BYTES} bytes")
         if self.digest != version_digest(self.tensors):
             raise WireError(f"version {self.version}: the digest is not that of the entries")
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,8 +96,7 @@ def remove(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if not path.name.startswith(TEMPORARY):
-        doomed = path.with_name(f"{TEMPORARY}removed.{path.name}")
-        remove(doomed)
+        doomed = _unused(path)
         os.rename(path, doomed)
         path = doomed
     if path.is_dir() and not path.is_symlink():
@@ -163,6 +163,12 @@ def make_directory(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         sync_directory(path.parent)
+
+
+def try_directory(path: Path) -> None:
+    """Makes `path` if it is not there. Raises OSError unless a file can be made in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 def sync_directory(path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrl.report import COLUMNS
+from tests.test_hosts import started
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -101,33 +102,20 @@ def test_no_process_outlives_the_run(demo):
 def test_one_signal_ends_a_run_whose_engines_do_not_start(tmp_path):
     """The server answers nothing, which the run waits for."""
     silent = socket.create_server(("127.0.0.1", 0))
-    started = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "jaxrl.train", "--config", "configs/arithmetic.yaml"),
-            *("--run.dir", str(tmp_path), "--publish.channel", "shuttle", "--vllm.engines", "0"),
-            *("--vllm.servers", f"[http://127.0.0.1:{silent.getsockname()[1]}]"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "",
-            "JAXRL_TEST_RUN": str(tmp_path),
-        },
-    )
-    with silent, started as process:
+    arguments = [
+        *("--run.dir", str(tmp_path), "--publish.channel", "shuttle", "--vllm.engines", "0"),
+        *("--vllm.servers", f"[http://127.0.0.1:{silent.getsockname()[1]}]"),
+    ]
+    command = ("jaxrl.train", "--config", "configs/arithmetic.yaml")
+    environment = {"XLA_FLAGS": "", "JAXRL_TEST_RUN": str(tmp_path)}
+    with silent, started(arguments, command, **environment) as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "arithmetic" / "ledger.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(2)
         process.send_signal(signal.SIGTERM)
-        try:
-            shown = process.communicate(timeout=100)[1]
-        finally:
-            process.kill()
+        shown = process.communicate(timeout=100)[1]
     assert process.returncode == 128 + signal.SIGTERM, shown
     assert "ended at once; no checkpoint was written yet" in shown and "Traceback" not in shown
     assert not survivors(f"JAXRL_TEST_RUN={tmp_path}")

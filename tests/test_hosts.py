@@ -46,7 +46,9 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], command: tuple[str, ...] = TRAIN) -> Iterator[subprocess.Popen]:
+def started(
+    arguments: list[str], command: tuple[str, ...] = TRAIN, **environment: str
+) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
         [sys.executable, "-m", *command, *arguments],
         stdout=subprocess.PIPE,
@@ -59,6 +61,7 @@ def started(arguments: list[str], command: tuple[str, ...] = TRAIN) -> Iterator[
             "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            **environment,
         },
     )
     try:

@@ -1,9 +1,9 @@
 """What the options of several tools have in common."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
+from jaxrl.durable import try_directory
 from jaxrl.types import UserError
 
 
@@ -36,9 +36,7 @@ def check_directory(option: str, path: Path) -> None:
       UserError: no file can be made in it.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        try_directory(path)
     except OSError as error:
         raise _refusal(option, path, error, "directory") from None
 

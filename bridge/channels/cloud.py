@@ -70,8 +70,7 @@ class CloudChannel(Channel):
         with _plain_errors(f"weights cannot be published at {self._root}"):
             files.pipe_file(f"{root}/{_PROBE}", b"")
             files.rm_file(f"{root}/{_PROBE}")
-            versions = _versions(files, root)
-        there = [version for version, names in versions.items() if MANIFEST in names]
+            there = _whole(_versions(files, root))
         self._check_place(new_run, there, self._root)
 
     def close(self) -> None:
@@ -94,10 +93,10 @@ class CloudShipment:
         root = self._directory.rpartition("/")[0]
         with self._plain_errors():
             versions = _versions(self._files, root)
-            check([version for version, names in versions.items() if MANIFEST in names])
-            for version, names in versions.items():
-                if MANIFEST not in names:
-                    _remove(self._files, f"{root}/{directory_name(version)}")
+            whole = _whole(versions)
+            check(whole)
+            for version in versions.keys() - whole.keys():
+                _remove(self._files, f"{root}/{directory_name(version)}")
             self._write(_BEGUN, os.uname().nodename.encode())
 
     def join(self) -> None:
@@ -141,7 +140,7 @@ class CloudShipment:
 
     def _drop_old(self) -> None:
         root = self._directory.rpartition("/")[0]
-        whole = {v: names for v, names in _versions(self._files, root).items() if MANIFEST in names}
+        whole = _whole(_versions(self._files, root))
         directories = {version: f"{root}/{directory_name(version)}" for version in whole}
         bases = {
             version: int(self._files.cat_file(f"{directories[version]}/{BASE}"))
@@ -374,6 +373,10 @@ def _versions(files: Any, root: str) -> dict[int, dict[str, int]]:
         for name in _names(files, root)
         if (match := VERSION_DIR.fullmatch(name))
     }
+
+
+def _whole(versions: dict[int, dict[str, int]]) -> dict[int, dict[str, int]]:
+    return {version: names for version, names in versions.items() if MANIFEST in names}
 
 
 def _remove(files: Any, directory: str) -> None:

@@ -84,7 +84,7 @@ class Shelf:
         nodes = self._takers - {ray.get_runtime_context().get_node_id()}
         alive = {n: relay for n, relay in self._relays.items() if not _has_failed(relay[1])}
         self._relays = {node: alive.get(node) or _relay(node) for node in nodes}
-        return sorted(self._refs), bool(nodes)
+        return self.versions(), bool(nodes)
 
     def versions(self) -> list[int]:
         """Those that there are."""
@@ -107,7 +107,7 @@ class Shelf:
         for version in versions:
             self._coming.pop(version, None)
         self._takers.clear()
-        return sorted(self._refs)
+        return self.versions()
 
     def abort(self, version: int) -> None:
         self._coming.pop(version, None)
@@ -117,7 +117,7 @@ class Shelf:
         will be read."""
         if version == max(self._refs, default=None):
             self._takers.add(node)
-        return self._refs.get(version), sorted(self._refs)
+        return self._refs.get(version), self.versions()
 
 
 def _relay(node: str) -> tuple[Any, Any]:

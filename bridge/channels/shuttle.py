@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from bridge.channels import Channel, ChannelError, Ticket, layout, live
 from bridge.channels.layout import BASE, MANIFEST, VERSION_DIR, directory_name, file_name
 from bridge.wire import Manifest, TensorEntry
-from jaxrl.durable import sync_directory
+from jaxrl.durable import sync_directory, try_directory
 
 NAME = "shuttle"
 _TEMPORARY = ".partial-"  # a name that no reader takes for a version
@@ -57,8 +56,7 @@ class ShuttleChannel(Channel):
     def check(self, new_run: bool) -> None:
         """See `Channel.check`."""
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self._root).close()
+            try_directory(self._root)
             there = _versions(self._root)
         except OSError as error:
             raise ChannelError(

@@ -174,10 +174,13 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
         self._prefetch = self._begun(channels.Ticket.from_json(ticket_json), deadline_s)
 
     def _begun(self, ticket: channels.Ticket, deadline_s: float) -> Prefetch:
-        """With the receiver that holds the last version, which comes back with the result: a late
-        thread may still write to it, and nobody else may use it then."""
+        return Prefetch(self._lent(), ticket, deadline_s)
+
+    def _lent(self) -> Receiver:
+        """The receiver that holds the last version, for a thread. It comes back with the result: a
+        late thread may still write to it, and nobody else may use it then."""
         receiver, self._kept = self._kept, Receiver(prove)
-        return Prefetch(receiver, ticket, deadline_s)
+        return receiver
 
     def prefetched(self) -> bool:
         return self._prefetch is None or self._prefetch.done()
@@ -269,7 +272,7 @@ class BridgeWeightTransferEngine(WeightTransferEngine[BridgeInitInfo, BridgeUpda
                 "this process holds; commit or abort it, and examine then"
             )
         self._config = config
-        receiver, self._kept = self._kept, Receiver(prove)  # as in _begun
+        receiver = self._lent()
         self._reread = receiver, begun(receiver.reread, deadline_s)
 
     def found(self) -> bool:
