@@ -496,6 +496,8 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_error(tmp_path, s3_url):
     (tmp_path / "file").touch()
     with pytest.raises(ChannelError, match=r"published at .*/file/w: Not a directory"):
         ShuttleChannel(tmp_path / "file" / "w").check(new_run=True)
+    with pytest.raises(ChannelError, match="published at /proc: "):  # there, and takes no file
+        ShuttleChannel(Path("/proc")).check(new_run=True)
     with pytest.raises(ChannelError, match=r"published at s3://no-.*is there such a bucket"):
         CloudChannel(s3_url.replace("://", "://no-")).check(new_run=True)
     with pytest.raises(ChannelError, match=r"s4://b/run: Protocol not known: s4; s3://BUCKET/RUN"):
